@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,19 +60,39 @@ def load_recipe(path: str | os.PathLike, cls: type[T], overrides: Sequence[str] 
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from error
         recipe = _merge(recipe, values, f"override {override!r}")
+    return _to_object(recipe, str(path), "Add to the file, or pass {}=VALUE on the command line.")
 
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], source: str) -> T:
+    """Values that stand in a host's own configuration, into an instance of `cls`, checked as a recipe is.
+
+    Args:
+        cls: a dataclass, possibly with dataclasses as fields.
+        values: a mapping (OmegaConf's or a plain one), resolved.
+        source: what messages call it, such as the section's name.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    recipe = _merge(OmegaConf.structured(cls), OmegaConf.create(OmegaConf.to_container(_config(values))), source)
+    return _to_object(recipe, source, "Set it there.")
+
+
+def _config(values: Mapping[str, Any]) -> DictConfig:
+    return values if isinstance(values, DictConfig) else OmegaConf.create(dict(values))
+
+
+def _to_object(recipe: DictConfig, source: str, mend: str) -> Any:
+    """The checked dataclass; `mend` says how to give a missing key, with {} for its name."""
     try:
         if missing := sorted(OmegaConf.missing_keys(recipe)):
-            names = ", ".join(missing)
-            raise ConfigError(
-                f"{names} must be given. Add to the file, or pass {missing[0]}=VALUE on the command line."
-            )
+            raise ConfigError(f"{', '.join(missing)} must be given. {mend.format(missing[0])}")
         return OmegaConf.to_object(recipe)
     except ConfigError as error:
         # OmegaConf appends lines about its own nodes to what __post_init__ said.
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{source}: {_first_line(error)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_where(error)}{_first_line(error)}") from error
+        raise ConfigError(f"{source}: {_where(error)}{_first_line(error)}") from error
 
 
 def save_recipe(obj: Any, path: str | os.PathLike) -> None:

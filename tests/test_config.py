@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from future_l1_plugin.config import load_recipe, save_recipe
+from future_l1_plugin.config import from_mapping, load_recipe, save_recipe
 from future_l1_plugin.errors import ConfigError
 
 
@@ -188,3 +188,12 @@ def test_parents_in_a_circle(recipe):
 @pytest.mark.parametrize("override", ["train.seed", "=1", "train.seed=[1", ""])
 def test_bad_overrides(recipe, override):
     assert refused(recipe("output: out\n"), override).startswith(f"override {override!r}: ")
+
+
+def test_a_section_of_a_host_is_checked_as_a_recipe_is():
+    values = {"output": "x", "train": {"seed": 2}}
+    assert from_mapping(Recipe, values, "future_l1") == Recipe(output="x", train=Train(seed=2))
+    with pytest.raises(ConfigError, match="future_l1: unknown key `train.sed`. Did you mean `train.seed`"):
+        from_mapping(Recipe, {"output": "x", "train": {"sed": 2}}, "future_l1")
+    with pytest.raises(ConfigError, match="future_l1: output must be given"):
+        from_mapping(Recipe, {}, "future_l1")
