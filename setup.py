@@ -60,6 +60,7 @@ setup(
     extras_require={extra: compat.requirements(extra) for extra in (*compat.EXTRAS, "all")},
     entry_points={
         "console_scripts": ["future-l1 = future_l1_plugin.cli:main"],
+        "verl.plugins": ["future_l1 = future_l1_plugin.integrations.verl.plugin"],
         "lmms_eval.models": ["future_l1 = future_l1_plugin.integrations.lmms_eval.registry:manifests"],
     },
 )

@@ -22,3 +22,7 @@ class DataError(UserError):
 
 class EnvironmentMismatch(UserError):
     """A package is missing, too old or too new. The message holds the command that mends it."""
+
+
+class RewardError(UserError):
+    """A reward cannot be computed from what it was given, or a term gave no finite number. Names the sample."""

@@ -9,12 +9,14 @@ Cross-entropy labels: everything after the first assistant header, except paddin
 markers are learned, the latents in between are supervised by the latent loss.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,8 +30,16 @@ from future_l1_plugin.model.template import ASSISTANT_HEADER, IMAGE
 _QUESTION_FRAME = re.compile(r"(?:frame_\d+\s*)?<image>\n?")
 IGNORED = -100  # label of positions without cross-entropy
 _TURN = "<|im_start|>"
-_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_RESERVED = (*_VISION, LATENT, START, END, _TURN, "<|im_end|>")
+#: What a question may not spell, and what an answer or a thought may not.
+MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CONTROL_TOKENS = (*MEDIA_TOKENS, LATENT, START, END, _TURN, "<|im_end|>")
+
+
+def token_fault(what: str, text: str, reserved: Sequence[str]) -> str | None:
+    """Says that `text` (named `what`) spells one of the `reserved` tokens; None if it does not."""
+    if found := [token for token in reserved if token in text]:
+        return f"{what} spells {found[0]}, which the model reads as a control token. Take it out of the text."
+    return None
 
 
 def _text_fault(record: TwiffRecord) -> str | None:
@@ -38,12 +48,10 @@ def _text_fault(record: TwiffRecord) -> str | None:
     A question may spell the latent markers and turn headers (spans and labels are looked for behind the prompt), but
     not the media tokens, each of which the processor takes for a picture.
     """
-    parts = [("the question", record.question, _VISION), ("the answer", record.answer, _RESERVED)]
-    parts += [("a thought", part.text, _RESERVED) for part in record.reasoning if isinstance(part, Text)]
-    for what, text, reserved in parts:
-        if found := [token for token in reserved if token in text]:
-            return f"{what} spells {found[0]}, which the model reads as a control token. Take it out of the text."
-    return None
+    parts = [("the question", record.question, MEDIA_TOKENS), ("the answer", record.answer, CONTROL_TOKENS)]
+    parts += [("a thought", part.text, CONTROL_TOKENS) for part in record.reasoning if isinstance(part, Text)]
+    faults = (token_fault(*part) for part in parts)
+    return next((fault for fault in faults if fault), None)
 
 
 def check_records(records: Records, on_bad: str = "raise") -> Records:
@@ -134,6 +142,42 @@ def question_video(clip: VideoFrames, hold: int = 2) -> tuple[Any, Any]:
     return frames, metadata
 
 
+def processor_media(
+    images: Sequence[Any] = (),
+    videos: Sequence[tuple[Any, Any]] = (),
+    image_size: dict[str, int] | None = None,
+    video_size: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """The media arguments of a call of the processor: the one way in which SFT, RL and evaluation show pictures.
+
+    Args:
+        images: RGB pictures, PIL or uint8 (H, W, 3).
+        videos: (frames, VideoMetadata) pairs; frames uint8 (N, H, W, 3), none of which is left out.
+        image_size, video_size: {"shortest_edge": .., "longest_edge": ..} in pixels of area. None: the processor's.
+    """
+    media: dict[str, Any] = {}
+    if images:
+        media["images"] = list(images)
+        media["images_kwargs"] = {} if image_size is None else {"size": image_size}
+    if videos:
+        frames, metadata = zip(*videos, strict=True)
+        media["videos"] = list(frames)
+        media["videos_kwargs"] = {"video_metadata": list(metadata), "do_sample_frames": False}
+        media["videos_kwargs"] |= {} if video_size is None else {"size": video_size}
+    return media
+
+
+def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
+    """A picture, in memory or in a file, as RGB. Raises DataError for a file that cannot be read as one."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        with Image.open(picture) as file:
+            return file.convert("RGB")
+    except (OSError, SyntaxError) as error:  # PIL says SyntaxError of a broken PNG
+        raise DataError(f"{picture}: cannot be read as an image ({error})") from error
+
+
 class SftCollator:
     """Turns samples into one right-padded batch; the processor runs once a batch.
 
@@ -204,8 +248,8 @@ class SftCollator:
         record = sample.record
         if fault := _text_fault(record):
             raise DataError(f"record {record.id}: {fault}")
-        question = _QUESTION_FRAME.sub("", record.question) if self.question_media == "video" else record.question
-        user = {"role": "user", "content": _user_content(question, self.question_media, len(record.image))}
+        question = question_text(record.question, self.question_media)
+        user = {"role": "user", "content": user_content(question, self.question_media, len(record.image))}
         assistant = {"role": "assistant", "content": assistant_content(record, self.spans)}
         prompt = self.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         text = self.processor.apply_chat_template([user, assistant], tokenize=False)
@@ -216,10 +260,9 @@ class SftCollator:
 
     def _media(self, samples: list[SftSample]) -> dict[str, Any]:
         if self.question_media == "images":
-            return {"images": [frame for s in samples for frame in s.question_clip.frames]}
+            return processor_media([frame for s in samples for frame in s.question_clip.frames])
         hold = self.processor.video_processor.temporal_patch_size
-        videos, metadata = zip(*(question_video(s.question_clip, hold) for s in samples), strict=True)
-        return {"videos": list(videos), "video_metadata": list(metadata), "do_sample_frames": False}
+        return processor_media(videos=[question_video(s.question_clip, hold) for s in samples])
 
     def _response_start(self, ids: Tensor, turns: Sequence[int]) -> Tensor:
         # The token, not the whole header: what is spelled right behind a header may change how its newline is encoded.
@@ -232,8 +275,19 @@ class SftCollator:
         return ids.masked_fill(~learned, IGNORED)
 
 
-def _user_content(question: str, media: str, images: int) -> list[dict[str, str]]:
-    """The user turn: text with media where `<image>` stands; without placeholders the media come first."""
+def question_text(question: str, media: str) -> str:
+    """A record's question as the model reads it: shown as a video, its frames have no place in the text."""
+    return _QUESTION_FRAME.sub("", question) if media == "video" else question
+
+
+def user_content(question: str, media: str, images: int) -> list[dict[str, str]]:
+    """The user turn: text with images where `<image>` stands; without placeholders, and for a video, media come first.
+
+    Args:
+        question: text (`question_text`).
+        media: "images" or "video".
+        images: how many images there are; as many as placeholders, if there are any.
+    """
     if media == "video":
         return [{"type": "video"}, {"type": "text", "text": question}]
     if "<image>" not in question:

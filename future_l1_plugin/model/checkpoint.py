@@ -74,13 +74,13 @@ def attach_head(model: nn.Module, config: LatentConfig) -> None:
     setattr(model, HEAD_NAME, head.to(device=model.device, dtype=model.dtype))
 
 
-def _load_head_weights(model: nn.Module, path: Path) -> None:
+def load_head(model: nn.Module, path: str | Path) -> None:
     """from_pretrained of the stock class leaves our head's weights out; read them from the checkpoint's files."""
     from safetensors import safe_open
 
     head = latent_head(model)
     state = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                 if f"{HEAD_NAME}." in name:
@@ -159,7 +159,7 @@ def load(
             from huggingface_hub import snapshot_download
 
             path = snapshot_download(str(path), allow_patterns=["*.safetensors"])
-        _load_head_weights(model, Path(path))
+        load_head(model, Path(path))
     model.latent_tokenizer = processor.tokenizer  # generate() decodes with it
     return model.to(device).eval(), processor
 

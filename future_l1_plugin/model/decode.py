@@ -32,6 +32,12 @@ class LatentOutput:
         teacher-forced pass reproduces them; top-p, top-k and the grammar's bans do not enter. Forced tokens have 0.
     forced: Bool (T_i,) each, True where the grammar, not the model, chose the id.
     text: the responses decoded, special tokens kept, end-of-sequence token left out.
+
+    With `record_means` only, else None:
+    means: (k_i, H) each, in the model's dtype: the mu around which each latent was drawn.
+    end_logprobs: Float (k_i,) each, at most 0: log p(`<|latent_end|>`) where each latent was chosen, the model's own
+        chance to end the span there, of the same softmax as `logprobs`. With full relative precision also where it is
+        near 0, so that log(1 - p) = log(-expm1(x)) in float64 loses nothing.
     """
 
     sequences: Tensor
@@ -40,6 +46,8 @@ class LatentOutput:
     logprobs: list[Tensor]
     forced: list[Tensor]
     text: list[str]
+    means: list[Tensor] | None = None
+    end_logprobs: list[Tensor] | None = None
 
 
 class _Feedback:
@@ -84,6 +92,7 @@ def generate(
     generator: torch.Generator | None = None,
     tokenizer: Any = None,
     on_token: Callable[[Tensor, Tensor], None] | None = None,
+    record_means: bool = False,
     **generate_kwargs: Any,
 ) -> LatentOutput:
     """Decode text and latent spans for a batch.
@@ -96,6 +105,7 @@ def generate(
         generator: randomness for tokens and latents, on the model's device.
         tokenizer: decodes the text; by default the one that `load` left on the model.
         on_token: called after each step with ids Long (B,) and latent Bool (B,), for streaming.
+        record_means: also return `means` and `end_logprobs`, which the density of a rollout is computed from.
         generate_kwargs: further arguments of `model.generate` (e.g. `stopping_criteria`, `logits_processor`).
 
     Raises:
@@ -114,7 +124,7 @@ def generate(
     if "attention_mask" in inputs and not bool(inputs["attention_mask"][:, -1].all()):
         raise ConfigError("generate: expected left-padded prompts; set processor.tokenizer.padding_side = 'left'")
     policy = build_policy(policy) if isinstance(policy, str) else policy
-    record = _Record()
+    record = _Record(record_means)
     feedback = _Feedback()
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
@@ -140,30 +150,39 @@ def generate(
 class _Record:
     """What the loop leaves behind, one entry a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, means: bool) -> None:
         self.logprobs: list[Tensor] = []
         self.forced: list[Tensor] = []
         self.alive: list[Tensor] = []
-        self.latents: list[tuple[Tensor, Tensor]] = []  # Bool (B,): rows with a latent, (B, H)
+        self.latent_rows: list[Tensor] = []  # Bool (B,): rows with a latent; one entry a step that has any, as below
+        self.latents: list[Tensor] = []  # (B, H)
+        self.means: list[Tensor] | None = [] if means else None  # (B, H)
+        self.end_logprobs: list[Tensor] = []  # (B,), only with means
         self.empty: Tensor | None = None  # (0, H), for rows without a latent
 
     def output(self, sequences: Tensor, prompt: int, batch: int, tokenizer: Any, tokens: LatentTokens) -> LatentOutput:
         lengths = torch.stack(self.alive).sum(0).tolist()
         ids, logprobs, forced = sequences[:, prompt:], torch.stack(self.logprobs, 1), torch.stack(self.forced, 1)
-        latents: list[list[Tensor]] = [[] for _ in range(batch)]
-        for rows, values in self.latents:
+        picked: list[list[int]] = [[] for _ in range(batch)]  # for each row, the entries that are its latents
+        for entry, rows in enumerate(self.latent_rows):
             for row in rows.nonzero().squeeze(1).tolist():
-                latents[row].append(values[row])
+                picked[row].append(entry)
+
+        def by_row(values: list[Tensor], none: Tensor) -> list[Tensor]:
+            return [torch.stack([values[e][i] for e in row]) if row else none for i, row in enumerate(picked)]
+
         responses = [ids[i, :n] for i, n in enumerate(lengths)]
         special = {tokenizer.eos_token_id, tokenizer.pad_token_id}
         shown = [[t for t in row.tolist() if t not in special] for row in responses]
         return LatentOutput(
             sequences=sequences,
             responses=responses,
-            latents=[torch.stack(row) if row else self.empty for row in latents],
+            latents=by_row(self.latents, self.empty),
             logprobs=[logprobs[i, :n] for i, n in enumerate(lengths)],
             forced=[forced[i, :n] for i, n in enumerate(lengths)],
             text=tokenizer.batch_decode(shown, skip_special_tokens=False),
+            means=None if self.means is None else by_row(self.means, self.empty),
+            end_logprobs=None if self.means is None else by_row(self.end_logprobs, logprobs.new_empty(0)),
         )
 
 
@@ -226,7 +245,11 @@ def _decode(
             record.empty = mu[:0]
         if bool(latent.any()):
             drawn = policy.sample(mu, generator)  # for all rows: cheaper than picking some out and putting them back
-            record.latents.append((latent, drawn))
+            record.latent_rows.append(latent)
+            record.latents.append(drawn)
+            if record.means is not None:
+                record.means.append(mu)
+                record.end_logprobs.append(_log_softmax_at(logits, machine.tokens.end))
             feedback.rows = latent[:, None, None]
             feedback.latents = drawn[:, None]
 
@@ -235,3 +258,9 @@ def _decode(
             on_token(ids, latent)
         alive = alive & ~stopping_criteria(input_ids, None)
     return input_ids
+
+
+def _log_softmax_at(logits: Tensor, token: int) -> Tensor:
+    """log p(token) (B,) from logits (B, V), as precise near 0 as elsewhere: log(1 - p) can be had from it."""
+    others = logits.index_fill(1, torch.tensor([token], device=logits.device), -torch.inf)
+    return torch.nn.functional.logsigmoid(logits[:, token] - others.logsumexp(-1))

@@ -2,18 +2,28 @@
 
 L = CE + lambda * latent_loss(mu, e*)                                   (Future-L1, arXiv 2606.05769, SFT objective)
 
-e* is what the vision merger makes of a future frame, detached; it is also the input at the latent positions (teacher
-forcing). mu is the hidden state one position before each latent, through the head if there is one.
+e* is what the vision merger makes of a future frame, detached. mu is the hidden state one position before each latent,
+through the head if there is one.
+
+What stands at the latent positions, as input? In the paper e* (teacher forcing). Text behind a span then learns to read
+the answer off a sharp e*, where decoding gives it mu: the best guess, and therefore blurred. `OwnLatents` closes that
+gap: in a share of the rows the inputs are the model's own mu, as in decoding. It is scheduled sampling (Bengio et
+al., arXiv 1506.03099) for latents, with parallel passes instead of one latent after the other (Mihaylova and Martins,
+arXiv 1906.07651). Both losses stay as they are: mu is still drawn to e*, text learns to cope with what mu lacks.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from future_l1_plugin.latent.channel import LatentChannel
 from future_l1_plugin.latent.loss import latent_loss, pool_targets
+from future_l1_plugin.latent.policy import build_policy
 from future_l1_plugin.model.config import LatentConfig
 
 #: Keys of a batch that are not arguments of the model.
@@ -28,6 +38,24 @@ class SftLosses:
     ce: Tensor
     latent: Tensor
     latents: int
+
+
+@dataclass(frozen=True)
+class OwnLatents:
+    """Where the latent inputs come from. The default is the paper's: e* everywhere.
+
+    share: share of the rows (0..1) that are fed the model's own latents; each row is drawn by itself.
+    passes: passes without gradient, at least 1, that the own latents are found by; see `own_latents`.
+    mean_cosine: draw each own latent from the vMF around mu with this mean cosine, as a rollout does; None = mu itself.
+    """
+
+    share: float = 0.0
+    passes: int = 4
+    mean_cosine: float | None = None
+
+
+#: The paper's.
+TEACHER_FORCING = OwnLatents()
 
 
 @torch.no_grad()
@@ -56,12 +84,106 @@ def _backbone(model: nn.Module) -> nn.Module:
     raise TypeError(f"{type(model).__name__}: found no Qwen3-VL with `visual` and `language_model` in it")
 
 
-def sft_losses(model: nn.Module, config: LatentConfig, batch: dict[str, Any]) -> SftLosses:
-    """One forward pass. `batch` is what `SftCollator` returns, on the model's device."""
+@torch.no_grad()
+def own_latents(
+    model: nn.Module,
+    config: LatentConfig,
+    batch: dict[str, Any],
+    passes: int,
+    mean_cosine: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The latents that the model itself makes of the rows, their text given: (sum k_i, H) in the hidden states' dtype.
+
+    The first pass is fed zeros, each further one what the pass before it made. After n passes the first n latents of a
+    row are those of decoding, the others near them (a Jacobi iteration); n = k_i is exact. No pass sees e*: starting
+    from e* would be near, too, but tell each latent about the frame through those before it.
+
+    The part before the first latent runs once and is kept as keys and values; each pass runs the columns of the latents
+    only. Every call makes 1 + `passes` forward passes, also for a batch without latents, because ranks of a distributed
+    run must make equally many.
+
+    Args:
+        batch: what `SftCollator` returns, on the model's device.
+        passes, mean_cosine: see `OwnLatents`. The last draw is the one returned.
+        generator: randomness of the draws, on the model's device.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    response = torch.arange(ids.shape[1], device=ids.device) >= batch["response_start"][:, None]
+    where = (ids == config.latent_id) & response
+    columns = where.any(0).nonzero().flatten().tolist() or [ids.shape[1] - 1]
+    begin, end = columns[0] - 1, columns[-1] + 1  # mu of the first latent is read one column before it
+    policy = build_policy("vmf", mean_cosine=mean_cosine) if mean_cosine is not None else None
+    media = {key: value for key, value in batch.items() if key.startswith("pixel_values")}
+    grids = {key: value for key, value in batch.items() if key in ("image_grid_thw", "video_grid_thw")}
+    positions, _ = _backbone(model).get_rope_index(
+        ids, mm_token_type_ids=batch["mm_token_type_ids"], attention_mask=mask, **grids
+    )
+    cache = DynamicCache()
+
+    def run(columns: slice, **inputs: Any) -> None:
+        model(
+            input_ids=ids[:, columns],
+            attention_mask=mask[:, : columns.stop],
+            position_ids=positions[..., columns],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        )
+
+    with _evaluating(model):
+        run(slice(0, begin), **media, **grids)
+        fed = torch.zeros(int(where.sum()), _width(model), device=ids.device)
+        with LatentChannel(model, config.tokens) as channel:
+            for _ in range(passes):
+                cache.crop(begin)
+                channel.feed([fed], where=where[:, begin:end])
+                run(slice(begin, end))
+                fed = channel.mu if policy is None else policy.sample(channel.mu, generator)
+    return fed
+
+
+def _width(model: nn.Module) -> int:
+    """H, the width of the text decoder."""
+    return _backbone(model).config.text_config.hidden_size
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode: no dropout, and no gradient checkpointing, under which transformers drops the cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def sft_losses(
+    model: nn.Module,
+    config: LatentConfig,
+    batch: dict[str, Any],
+    own: OwnLatents = TEACHER_FORCING,
+    generator: torch.Generator | None = None,
+) -> SftLosses:
+    """One forward pass with gradients. `batch` is what `SftCollator` returns, on the model's device.
+
+    Args:
+        own: what the latent inputs are; by default e*.
+        generator: randomness of `own`, on the model's device.
+    """
     targets = latent_targets(model, config, batch)
+    fed = targets
+    if own.share:
+        drawn = torch.rand(len(targets), device=batch["input_ids"].device, generator=generator) < own.share
+        mine = own_latents(model, config, batch, own.passes, own.mean_cosine, generator)
+        mine = mine.split([len(row) for row in targets])
+        fed = [a if is_own else b for a, b, is_own in zip(mine, targets, drawn.tolist(), strict=True)]
     inputs = {key: value for key, value in batch.items() if key not in _OURS}
     with LatentChannel(model, config.tokens) as channel:
-        channel.feed(targets, batch["response_start"])
+        channel.feed(fed, batch["response_start"])
         ce = model(**inputs).loss
     kept = [row for row in targets if len(row)]
     target = torch.cat(kept) if kept else channel.mu.detach()

@@ -98,20 +98,24 @@ def _alone(body: str, letters: str) -> str | None:
     return match.group(1).upper() if match else None
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Lower case, words only, single spaces: what two spellings of one option have in common."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _full_text(body: str, options: Mapping[str, str]) -> str | None:
-    return _one({letter for letter, option in options.items() if _plain(option) and _plain(option) == _plain(body)})
+    return _one(
+        {letter for letter, option in options.items() if plain_text(option) and plain_text(option) == plain_text(body)}
+    )
 
 
 def _contained_text(body: str, options: Mapping[str, str]) -> str | None:
     if "\n" in body:  # several lines are a discussion, in which options are also mentioned to be ruled out
         return None
-    padded = f" {_plain(body)} "
-    return _one({letter for letter, option in options.items() if _plain(option) and f" {_plain(option)} " in padded})
+    padded = f" {plain_text(body)} "
+    return _one(
+        {letter for letter, option in options.items() if plain_text(option) and f" {plain_text(option)} " in padded}
+    )
 
 
 def _alternative(letters: str) -> str:
@@ -167,11 +171,11 @@ def _before_option(body: str, letters: str, options: Mapping[str, str]) -> str |
         others = letters.replace(letter, "")
         listed = others and re.search(rf"^{_WRAP}[{others}][).:\]]", rest, re.MULTILINE)
         joined = others and re.search(rf"(?:\bor\b|\band\b|/|,|&)\s*\(?[{others}](?![\w'])", rest)
-        if _plain(rest) == _plain(options.get(letter, "")) != "":
+        if plain_text(rest) == plain_text(options.get(letter, "")) != "":
             return letter
         return None if listed or joined else letter
     bare = re.match(rf"{_WRAP}([{letters}])[*_`\"')]*\s+(.+)", body, re.DOTALL)
-    if bare and _plain(bare.group(2)) == _plain(options.get(bare.group(1), "")) != "":
+    if bare and plain_text(bare.group(2)) == plain_text(options.get(bare.group(1), "")) != "":
         return bare.group(1)
     return None
 

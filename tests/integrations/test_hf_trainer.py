@@ -301,6 +301,65 @@ def test_latent_keys_of_the_recipe_reach_loss_and_checkpoint(tiny_path, world, t
     assert list(kept.values()) == ["cosine", 0.5, 2, 16]
 
 
+def test_own_latents(tiny_path, world, unbroken, tmp_path):
+    """Other losses than under teacher forcing, the same again with the same seed, also when a run goes on half-way."""
+    keys = ("latent.own_share=0.5", "latent.own_passes=2", "latent.own_mean_cosine=0.9")
+    whole = train(tmp_path / "whole.yaml", tiny_path, world, *keys)
+    assert losses(whole)[1] != pytest.approx(losses(unbroken)[1], abs=1e-4)
+    parted = train(tmp_path / "parted.yaml", tiny_path, world, *keys)
+    assert_same_losses(losses(parted), losses(whole))
+    shutil.rmtree(parted / "final")
+    shutil.rmtree(parted / "checkpoints" / "checkpoint-4")
+    assert main([str(tmp_path / "parted.yaml"), *keys]) == 0
+    assert_same_losses(losses(parted), losses(whole))
+    assert same_weights(parted / "final", whole / "final")
+    other = train(tmp_path / "other.yaml", tiny_path, world, *keys[:2], "latent.own_mean_cosine=0.5")
+    assert losses(other)[1] != pytest.approx(losses(whole)[1], abs=1e-5)
+
+
+def test_each_pass_draws_its_own_rows(tiny_path, world, tmp_path, monkeypatch):
+    """Two passes a step, four steps: eight draws that differ, and none that repeats another seed's."""
+    from future_l1_plugin.integrations.hf_trainer import trainer
+
+    drawn = []
+
+    def losses_of(model, config, batch, own, generator):
+        drawn.append(float(torch.rand((), generator=torch.Generator().set_state(generator.get_state()))))
+        return sft_losses(model, config, batch, own, generator)
+
+    sft_losses = trainer.sft_losses
+    monkeypatch.setattr(trainer, "sft_losses", losses_of)
+    train(tmp_path / "one.yaml", tiny_path, world, "latent.own_share=0.5", "latent.own_passes=1")
+    train(tmp_path / "two.yaml", tiny_path, world, "latent.own_share=0.5", "latent.own_passes=1", "train.seed=4")
+    assert len(drawn) == len(set(drawn)) == 16
+
+
+@pytest.mark.parametrize("keys", [("train.lora.rank=4",), ("train.gradient_checkpointing=true",)])
+def test_own_latents_under_lora_and_checkpointing(tiny_path, world, tmp_path, keys):
+    own = ("latent.own_share=1.0", "latent.own_passes=2", "train.max_steps=1", "log.save_every=0")
+    plain = train(tmp_path / "plain.yaml", tiny_path, world, *own)
+    output = train(tmp_path / "run.yaml", tiny_path, world, *own, *keys)  # LoRA starts at the base's function
+    assert_same_losses(losses(output), losses(plain))
+
+
+def test_own_latents_in_bf16(tiny_path, world, tmp_path):
+    """A pass without gradient must leave no weights behind, cast without gradient, that the pass with it would use."""
+    keys = ("latent.own_share=1.0", "latent.own_passes=2", "train.max_steps=1", "log.save_every=0")
+    full = train(tmp_path / "full.yaml", tiny_path, world, *keys)
+    half = train(tmp_path / "half.yaml", tiny_path, world, *keys, "train.precision=bf16")
+    assert losses(half)[1] == pytest.approx(losses(full)[1], rel=0.02)
+    norms = [next(row["grad_norm"] for row in rows(folder) if "loss" in row) for folder in (half, full)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_text_only_makes_no_passes_for_latents(tiny_path, world, tmp_path, monkeypatch):
+    def no_passes(*args):
+        raise AssertionError("own latents of a text-only run")
+
+    monkeypatch.setattr("future_l1_plugin.model.objective.own_latents", no_passes)
+    train(tmp_path / "run.yaml", tiny_path, world, "data.spans=false", "latent.own_share=1.0", "train.max_steps=1")
+
+
 def test_bf16(tiny_path, world, unbroken, tmp_path):
     output = train(tmp_path / "run.yaml", tiny_path, world, "train.precision=bf16", "train.max_steps=2")
     first = losses(output)[1]
@@ -387,6 +446,9 @@ def test_an_unknown_key(refused):
         ("train.precision=int4", "train.precision: expected one of auto, bf16, fp32"),
         ("train.warmup_ratio=10", "train.warmup_ratio: expected a share of the steps"),
         ("latent.loss=mae", "latent.loss: expected one of mse"),
+        ("latent.own_share=1.5", "latent.own_share: expected a share of the samples, 0..1, found 1.5"),
+        ("latent.own_passes=0", "latent.own_passes: expected at least 1"),
+        ("latent.own_mean_cosine=1.0", "latent.own_mean_cosine: expected null or a number between 0 and 1"),
         ("data.question_media=gif", "data.question_media: expected one of images, video"),
         ("data.on_bad=ignore", "data.on_bad"),
         ("log.every=0", "log.every: expected at least 1"),

@@ -632,8 +632,8 @@ def test_a_batch_answers_like_single_requests(checkpoint, tmp_path, mixed_docs):
 
 def test_the_first_latents_do_not_depend_on_the_batch(checkpoint, tmp_path, mixed_docs):
     """Greedy text of a random model varies little; its latents vary with every input."""
-    from future_l1_plugin.integrations.lmms_eval.inputs import left_padded
     from future_l1_plugin.model import generate
+    from future_l1_plugin.model.batch import left_padded
 
     model = make(checkpoint, tmp_path)
     model._ensure_model()

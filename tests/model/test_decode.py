@@ -179,7 +179,9 @@ def test_teacher_forced_pass_gives_back_logprobs_and_mu(loaded, policy, temperat
     model, processor = loaded
     inputs = prompts(processor, MIXED)
     generator = torch.Generator().manual_seed(0)
-    out = generate(model, inputs, policy, 40, temperature=temperature, top_p=0.99, generator=generator)
+    out = generate(
+        model, inputs, policy, 40, temperature=temperature, top_p=0.99, generator=generator, record_means=True
+    )
     tokens = LatentConfig.from_hf(model.config).tokens
     start, ids = inputs["input_ids"].shape[1], out.sequences
     lengths = torch.tensor([len(r) for r in out.responses])
@@ -191,12 +193,17 @@ def test_teacher_forced_pass_gives_back_logprobs_and_mu(loaded, policy, temperat
     with torch.no_grad(), LatentChannel(model, tokens) as channel:
         channel.feed(out.latents, start)
         logits = model(**replay).logits.float()[:, start - 1 : -1]
-    logp = (logits / (temperature or 1.0)).log_softmax(-1).gather(2, ids[:, start:, None])[..., 0]
+    every = (logits / (temperature or 1.0)).log_softmax(-1)
+    logp = every.gather(2, ids[:, start:, None])[..., 0]
     for i, n in enumerate(lengths):
         expected = logp[i, :n].masked_fill(out.forced[i], 0.0)
         torch.testing.assert_close(out.logprobs[i], expected, atol=1e-4, rtol=0)
     assert sum(len(z) for z in out.latents) == int(latent_mask(ids[:, start:], tokens).sum()) > 10
     recorded = torch.cat(out.latents)
+    assert [len(mu) for mu in out.means] == [len(p) for p in out.end_logprobs] == [len(z) for z in out.latents]
+    torch.testing.assert_close(torch.cat(out.means), channel.mu, atol=1e-4, rtol=0)
+    ends = every[..., tokens.end][latent_mask(ids[:, start:], tokens)]
+    torch.testing.assert_close(torch.cat(out.end_logprobs), ends, atol=1e-4, rtol=0)
     if policy.stochastic:
         cosine = torch.cosine_similarity(channel.mu, recorded, dim=-1)
         assert 0.8 < float(cosine.mean()) < 0.96
@@ -205,14 +212,16 @@ def test_teacher_forced_pass_gives_back_logprobs_and_mu(loaded, policy, temperat
 
 
 def test_same_seed_same_rollout_and_rows_differ(loaded):
+    """Whether means are recorded or not."""
     model, processor = loaded
     inputs = prompts(processor, [MIXED[0]] * 3)
 
-    def once():
+    def once(**more):
         generator = torch.Generator().manual_seed(5)
-        return generate(model, inputs, build_policy("gaussian", sigma=0.5), 30, 1.0, generator=generator)
+        return generate(model, inputs, build_policy("gaussian", sigma=0.5), 30, 1.0, generator=generator, **more)
 
-    first, second = once(), once()
+    first, second = once(), once(record_means=True)
+    assert first.means is first.end_logprobs is None
     assert first.text == second.text and len(set(first.text)) > 1
     assert all(torch.equal(a, b) for a, b in zip(first.latents, second.latents, strict=True))
 

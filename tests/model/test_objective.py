@@ -11,8 +11,8 @@ from future_l1_plugin.data.records import Frame, load_records
 from future_l1_plugin.data.sft import IGNORED, SftCollator, SftDataset
 from future_l1_plugin.latent.channel import HEAD_NAME
 from future_l1_plugin.latent.heads import build_head
-from future_l1_plugin.model import LatentConfig, load
-from future_l1_plugin.model.objective import latent_targets, sft_losses
+from future_l1_plugin.model import LatentConfig, generate, load
+from future_l1_plugin.model.objective import OwnLatents, latent_targets, own_latents, sft_losses
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +53,47 @@ def without_frames(record):
     return dataclasses.replace(record, reasoning=tuple(p for p in record.reasoning if not isinstance(p, Frame)))
 
 
-def by_hand(model, config, batch, pool=None, head=None, detach=True):
-    """(cross-entropy, latent loss, e*) from the definitions. pool: (n, H) -> (budget, H)."""
-    ids, core = batch["input_ids"], model.model
+def by_hand(model, config, batch, pool=None, head=None, detach=True, fed=None):
+    """(cross-entropy, latent loss, e*) from the definitions. pool: (n, H) -> (budget, H); fed: inputs other than e*."""
+    core = model.model
     future = core.get_image_features(batch["latent_pixel_values"], batch["latent_grid_thw"], return_dict=True)
     stars = torch.cat([pool(frame) if pool else frame for frame in future.pooler_output])
     stars = stars.detach() if detach else stars
+    hidden, mu = pass_by_hand(model, config, batch, stars if fed is None else fed, head)
+    logits = model.lm_head(hidden)
+    ce = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+    latent = {
+        "mse": lambda: mse_loss(mu, stars),
+        "sum_mse": lambda: sum(((m - e) ** 2).sum() for m, e in zip(mu, stars, strict=True)) / len(stars),
+        "cosine": lambda: 1 - cosine_similarity(mu, stars).mean(),
+    }[config.latent_loss]()
+    return ce, latent, stars
 
+
+def latent_places(config, batch):
+    """(row, column) of each latent, in reading order."""
+    ids, starts = batch["input_ids"], batch["response_start"].tolist()
+    return [
+        (row, c)
+        for row, start in enumerate(starts)
+        for c in range(start, ids.shape[1])
+        if ids[row, c] == config.latent_id
+    ]
+
+
+def pass_by_hand(model, config, batch, fed, head=None):
+    """(hidden states (B, T, H), mu (sum k_i, H)) of one whole pass that is fed these latents."""
+    ids, core = batch["input_ids"], model.model
     video = "pixel_values_videos" in batch
     kind = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
     see = core.get_video_features if video else core.get_image_features
     seen = see(batch[kind[0]], batch[kind[1]], return_dict=True)
     pads = ids == (model.config.video_token_id if video else model.config.image_token_id)
 
-    where = []  # (row, column) of each latent, in reading order
-    for row, start in enumerate(batch["response_start"].tolist()):
-        where += [(row, c) for c in range(start, ids.shape[1]) if ids[row, c] == config.latent_id]
     embeddings = core.get_input_embeddings()(ids)
     embeddings = embeddings.masked_scatter(pads[..., None], torch.cat(list(seen.pooler_output)))
-    rows, columns = torch.tensor(where).T
-    embeddings = embeddings.index_put((rows, columns), stars)
+    rows, columns = torch.tensor(latent_places(config, batch)).T
+    embeddings = embeddings.index_put((rows, columns), fed)
     positions, _ = core.get_rope_index(
         ids,
         mm_token_type_ids=batch["mm_token_type_ids"],
@@ -86,16 +107,8 @@ def by_hand(model, config, batch, pool=None, head=None, detach=True):
         visual_pos_masks=pads,
         deepstack_visual_embeds=seen.deepstack_features,
     ).last_hidden_state
-    logits = model.lm_head(hidden)
-    ce = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
     mu = hidden[rows, columns - 1]
-    mu = head(mu) if head else mu
-    latent = {
-        "mse": lambda: mse_loss(mu, stars),
-        "sum_mse": lambda: sum(((m - e) ** 2).sum() for m, e in zip(mu, stars, strict=True)) / len(stars),
-        "cosine": lambda: 1 - cosine_similarity(mu, stars).mean(),
-    }[config.latent_loss]()
-    return ce, latent, stars
+    return hidden, head(mu) if head else mu
 
 
 def gradients(model, loss):
@@ -219,3 +232,147 @@ def test_a_peft_wrapped_model_has_the_same_losses(model, processor, records):
         torch.testing.assert_close(getattr(losses, name), getattr(expected, name), atol=1e-6, rtol=1e-6)
     found = gradients(wrapped, losses.total)
     assert found and all("lora_" in name for name in found)
+
+
+# ---- own latents as inputs -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decoded_by_hand(model, config, batch, head=None, latents=None):
+    """Own latents one after the other, as decoding makes them: (sum k_i, H). Stops after `latents` of each row."""
+    places = latent_places(config, batch)
+    number = [sum(row == other for other, _ in places[:i]) for i, (row, _) in enumerate(places)]  # within its row
+    fed = torch.zeros(len(places), 128)
+    for step in range(max(number) + 1 if latents is None else latents):
+        mu = pass_by_hand(model, config, batch, fed, head)[1]
+        fed = torch.where(torch.tensor(number)[:, None] == step, mu, fed)
+    return fed, torch.tensor(number)
+
+
+@pytest.mark.parametrize("media", ["images", "video"])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_own_latents_follow_from_each_other(model, processor, records, media, with_head):
+    torch.manual_seed(0)
+    if with_head:
+        setattr(model, HEAD_NAME, build_head("lvr", 128))
+    head = getattr(model, HEAD_NAME, None)
+    config = settings(model, use_projection_head=with_head, projection_head_type="lvr")
+    batch = collate(processor, config, records, media=media)
+    expected, number = decoded_by_hand(model, config, batch, head)
+    most = int(number.max()) + 1
+    assert most == 12
+    torch.testing.assert_close(own_latents(model, config, batch, most), expected, atol=1e-4, rtol=1e-4)
+    for passes in (1, 3):  # the first so many are exact, further ones not yet
+        found = own_latents(model, config, batch, passes)
+        torch.testing.assert_close(found[number < passes], expected[number < passes], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found[number == passes], expected[number == passes], atol=1e-3, rtol=1e-3)
+        assert not found.requires_grad
+
+
+def test_own_latents_are_those_of_decoding(tiny_path, processor, records):
+    model = load(tiny_path, dtype=torch.float32, fixed_latent_budget=True, force_initial_latent_mode=True)[0]
+    config = LatentConfig.from_hf(model.config)
+    row = collate(processor, config, records[:1], media="video")
+    start = int(row["response_start"])
+    prompt = {key: row[key][:, :start] for key in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    media = {key: row[key] for key in ("pixel_values_videos", "video_grid_thw")}
+    decoded = generate(model, prompt | media, max_new_tokens=12, tokenizer=processor.tokenizer)
+    ids = decoded.sequences
+    batch = media | {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, ids.shape[1] - start)),
+        "response_start": row["response_start"],
+    }
+    assert len(decoded.latents[0]) >= 4
+    found = own_latents(model, config, batch, len(decoded.latents[0]))
+    torch.testing.assert_close(found, decoded.latents[0], atol=1e-4, rtol=1e-4)
+
+
+def test_own_latents_do_not_see_the_future(model, processor, records):
+    config = settings(model)
+    batch = collate(processor, config, records)
+    found = own_latents(model, config, batch, 2)
+    for key in ("latent_pixel_values", "latent_grid_thw", "labels"):
+        del batch[key]
+    assert torch.equal(own_latents(model, config, batch, 2), found)
+
+
+def test_losses_on_own_latents(model, processor, records):
+    """share 1: the inputs are data (no gradient flows back through them), the targets stay e*."""
+    config = settings(model)
+    batch = collate(processor, config, records)
+    losses = sft_losses(model, config, batch, OwnLatents(1.0, 3), torch.Generator())
+    ce, latent, _ = by_hand(model, config, batch, fed=own_latents(model, config, batch, 3))
+    torch.testing.assert_close(torch.stack([losses.ce, losses.latent]), torch.stack([ce, latent]), atol=1e-5, rtol=1e-5)
+    found = gradients(model, losses.total)
+    assert_same_gradients(found, gradients(model, ce + config.latent_lambda * latent))
+    teacher = sft_losses(model, config, batch)
+    assert abs(float((teacher.latent - losses.latent).detach())) > 1e-3
+
+
+def test_a_share_of_the_rows_gets_own_latents(model, processor, records):
+    config = settings(model)
+    batch = collate(processor, config, records)
+    stars, own = latent_targets(model, config, batch), own_latents(model, config, batch, 2)
+    own = own.split([len(row) for row in stars])
+    kinds = set()
+    for seed in range(6):
+        found = sft_losses(model, config, batch, OwnLatents(0.5, 2), torch.Generator().manual_seed(seed))
+        again = sft_losses(model, config, batch, OwnLatents(0.5, 2), torch.Generator().manual_seed(seed))
+        assert torch.equal(found.total, again.total)
+        drawn = torch.rand(len(stars), generator=torch.Generator().manual_seed(seed)) < 0.5
+        fed = torch.cat([a if mine else b for a, b, mine in zip(own, stars, drawn.tolist(), strict=True)])
+        ce, latent, _ = by_hand(model, config, batch, fed=fed)
+        torch.testing.assert_close(
+            torch.stack([found.ce, found.latent]), torch.stack([ce, latent]), atol=1e-5, rtol=1e-5
+        )
+        kinds.add(tuple(drawn.tolist()))
+    assert len(kinds) > 2
+
+
+def test_own_latents_are_drawn_around_mu(model, processor, records):
+    config = settings(model)
+    batch = collate(processor, config, records * 4)
+    mu = own_latents(model, config, batch, 1)
+    drawn = own_latents(model, config, batch, 1, 0.9, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.norm(dim=-1), mu.norm(dim=-1))
+    cosines = cosine_similarity(drawn, mu)
+    assert cosines.mean() == pytest.approx(0.9, abs=0.01) and cosines.std() > 1e-3
+    assert torch.equal(own_latents(model, config, batch, 1, 0.9, torch.Generator().manual_seed(0)), drawn)
+    # Drawn in each pass, the last draw behind the others: latent 2 follows from the drawn latent 1.
+    assert not torch.equal(own_latents(model, config, batch, 2, 0.9, torch.Generator().manual_seed(0)), drawn)
+
+
+def test_gradient_checkpointing_and_training_mode_change_no_own_latent(model, processor, records):
+    """transformers drops the cache of a model that trains with gradient checkpointing."""
+    config = settings(model)
+    batch = collate(processor, config, records)
+    expected = own_latents(model, config, batch, 2)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.model.visual.eval()
+    torch.testing.assert_close(own_latents(model, config, batch, 2), expected, atol=1e-6, rtol=1e-6)
+    assert model.training and model.model.language_model.layers[0].training  # as they were before
+    assert not model.model.visual.training
+    model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("how", ["text only", "records without frames", "one record without frames"])
+def test_own_latents_of_rows_without_future_frames(model, processor, records, how):
+    """Ranks of a distributed run must make equally many passes, whatever their rows hold."""
+    config = settings(model)
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    if how == "one record without frames":
+        batch = collate(processor, config, [without_frames(records[0]), *records[1:]])
+    else:
+        rows = records if how == "text only" else [without_frames(r) for r in records]
+        batch = collate(processor, config, rows, spans=how != "text only")
+    losses = sft_losses(model, config, batch, OwnLatents(1.0, 3), torch.Generator())
+    handle.remove()
+    assert len(passes) == 1 + 3 + 1
+    if how == "one record without frames":
+        expected = by_hand(model, config, batch, fed=own_latents(model, config, batch, 3))[0]
+    else:
+        expected = sft_losses(model, config, batch).ce
+    torch.testing.assert_close(losses.ce, expected, atol=1e-5, rtol=1e-5)

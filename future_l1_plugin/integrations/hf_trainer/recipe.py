@@ -25,12 +25,18 @@ class DataRecipe:
 
 @dataclass
 class LatentRecipe:
-    """The latent loss, and how many latents a future frame gets. null = keep the checkpoint's value."""
+    """The latent loss, how many latents a future frame gets, and what the latent inputs are.
+
+    null = keep the checkpoint's value; `own_*` are `model.objective.OwnLatents` and no part of a checkpoint.
+    """
 
     loss: str | None = None  # mse | sum_mse | cosine
     weight: float | None = None  # lambda, the latent loss beside the cross-entropy
     max_latent_token: int | None = None
     train_fixed_latent_budget: int | None = None
+    own_share: float = 0.0  # share of the samples fed the model's own latents; 0 = e* everywhere, the paper's
+    own_passes: int = 4  # passes without gradient that these are found by
+    own_mean_cosine: float | None = None  # draw them from the vMF with this mean cosine around mu; null = mu itself
 
 
 @dataclass
@@ -93,7 +99,16 @@ class SftRecipe:
         _one_of("train.precision", self.train.precision, ("auto", "bf16", "fp32"))
         if self.latent.loss is not None:
             _one_of("latent.loss", self.latent.loss, LOSSES)
-        least_one = ((self.train, "train", ("batch_size", "micro_batch_size")), (self.log, "log", ("every", "keep")))
+        if not 0 <= self.latent.own_share <= 1:
+            raise ConfigError(f"latent.own_share: expected a share of the samples, 0..1, found {self.latent.own_share}")
+        cosine = self.latent.own_mean_cosine
+        if cosine is not None and not 0 < cosine < 1:
+            raise ConfigError(f"latent.own_mean_cosine: expected null or a number between 0 and 1, found {cosine}")
+        least_one = (
+            (self.train, "train", ("batch_size", "micro_batch_size")),
+            (self.log, "log", ("every", "keep")),
+            (self.latent, "latent", ("own_passes",)),
+        )
         for section, name, keys in least_one:
             for key in keys:
                 if getattr(section, key) < 1:

@@ -27,6 +27,7 @@ def run(recipe: SftRecipe) -> Path:
     from future_l1_plugin.integrations.hf_trainer.trainer import JsonlLog, LatentSftTrainer, save_final
     from future_l1_plugin.model import load
     from future_l1_plugin.model.config import LatentConfig
+    from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents
 
     # Gradients of a small model in float32 underflow to denormal numbers, on which a CPU is up to ten times slower.
     # Worker threads inherit the setting, so it must come before the first parallel operation.
@@ -58,6 +59,7 @@ def run(recipe: SftRecipe) -> Path:
         recipe.model, dtype=torch.float32, attn_implementation=train.attn_implementation, **overrides
     )
     latent = LatentConfig.from_hf(model.config)
+    own = OwnLatents(recipe.latent.own_share, recipe.latent.own_passes, recipe.latent.own_mean_cosine)
     _freeze(model, train.train_vision)
     if train.lora.rank:
         model = _with_lora(model, train.lora)
@@ -73,6 +75,7 @@ def run(recipe: SftRecipe) -> Path:
         model=model,
         args=arguments,
         latent=latent,
+        own=own if recipe.data.spans else TEACHER_FORCING,  # without spans the extra passes would be for nothing
         train_dataset=SftDataset(data, recipe.data.spans, recipe.data.cache_mb * 2**20),
         data_collator=SftCollator(
             processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length

@@ -1,5 +1,6 @@
 """Latent SFT on transformers.Trainer: our objective in, two losses in the log, a JSONL of all metrics."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,21 @@ from transformers import Trainer, TrainerCallback
 
 from future_l1_plugin.model.checkpoint import save
 from future_l1_plugin.model.config import LatentConfig
-from future_l1_plugin.model.objective import sft_losses
+from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents, sft_losses
 
 
 class LatentSftTrainer(Trainer):
-    """Trainer with the loss `sft_losses`. It logs `ce_loss` and `latent_loss` (before lambda) apart."""
+    """Trainer with the loss `sft_losses`. It logs `ce_loss` and `latent_loss` (before lambda) apart.
 
-    def __init__(self, *args: Any, latent: LatentConfig, **kwargs: Any) -> None:
+    Args:
+        latent: the latent keys of the checkpoint.
+        own: what the latent inputs are; by default e*.
+    """
+
+    def __init__(self, *args: Any, latent: LatentConfig, own: OwnLatents = TEACHER_FORCING, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.latent = latent
+        self.latent, self.own = latent, own
+        self._step, self._micro = -1, 0  # optimiser step, and pass within it
         # Our loss is a mean over the micro batch: Trainer must divide by the accumulation steps. So 2 x 4 samples
         # weigh each micro batch alike, where 1 x 8 weighs each token alike; with equally long responses they agree.
         self.model_accepts_loss_kwargs = False
@@ -25,11 +32,19 @@ class LatentSftTrainer(Trainer):
         self._passes = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = sft_losses(model, self.latent, inputs)
+        losses = sft_losses(model, self.latent, inputs, self.own, self._generator(inputs["input_ids"].device))
         for name, value in (("ce_loss", losses.ce), ("latent_loss", losses.latent)):
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._passes += 1
         return (losses.total, None) if return_outputs else losses.total
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Randomness of this pass: a function of seed, step, pass and rank, so that a resumed run draws the same."""
+        step = self.state.global_step
+        self._step, self._micro = step, self._micro + 1 if step == self._step else 0
+        name = f"own latents {self.args.seed} {step} {self._micro} {self.args.process_index}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+        return torch.Generator(device).manual_seed(seed)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._passes and "loss" in logs:

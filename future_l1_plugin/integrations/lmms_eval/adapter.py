@@ -27,11 +27,12 @@ from loguru import logger
 from tqdm import tqdm
 
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
-from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described, left_padded
+from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
 from future_l1_plugin.integrations.lmms_eval.responses import ResponseLog, checkpoint_mark, key_of
 from future_l1_plugin.integrations.lmms_eval.settings import Generation, flag, json_object, one_of, positive, whole
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, chat_template, generate, load
+from future_l1_plugin.model.batch import left_padded
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN = 10  # bad samples that an error lists

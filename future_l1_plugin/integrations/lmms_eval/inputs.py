@@ -9,6 +9,7 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
 from future_l1_plugin.data.frames import read_frames
+from future_l1_plugin.data.sft import processor_media, read_picture
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.responses import file_mark
 
@@ -39,18 +40,13 @@ class InputBuilder:
         images, videos, audios = chat.extract_media()
         if audios:
             raise ConfigError("the request has audio, which Qwen3-VL does not take")
-        media: dict[str, Any] = {}
-        if images:
-            media["images"] = [_image(image) for image in images]
-            media["images_kwargs"] = {"size": self._size(self.processor.image_processor, 1, 1)}
-        if videos:
-            clips = [read_frames(_path(video), num_frames=self.max_num_frames) for video in videos]
-            media["videos"] = [clip.frames for clip in clips]
-            media["videos_kwargs"] = {
-                "video_metadata": [clip.metadata() for clip in clips],
-                "do_sample_frames": False,
-                "size": self._video_size([len(clip.frames) for clip in clips]),
-            }
+        clips = [read_frames(_path(video), num_frames=self.max_num_frames) for video in videos]
+        media = processor_media(
+            images=[read_picture(image) for image in images],
+            videos=[(clip.frames, clip.metadata()) for clip in clips],
+            image_size=self._size(self.processor.image_processor, 1, 1),
+            video_size=self._video_size([len(clip.frames) for clip in clips]) if clips else None,
+        )
         text = self.processor.apply_chat_template(chat.to_hf_messages(), tokenize=False, add_generation_prompt=True)
         try:
             encoded = self.processor(text=[text], return_tensors="pt", **media)
@@ -73,21 +69,6 @@ class InputBuilder:
         }
 
 
-def left_padded(
-    samples: list[dict[str, torch.Tensor]], pad_token_id: int, device: torch.device | str
-) -> dict[str, torch.Tensor]:
-    """A batch of what `InputBuilder` returned: token rows (1, T_i) left-padded to (B, T), media rows joined."""
-    longest = max(sample["input_ids"].shape[1] for sample in samples)
-    batch = {}
-    for name in dict.fromkeys(name for sample in samples for name in sample):
-        values = [sample[name] for sample in samples if name in sample]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            fill = pad_token_id if name == "input_ids" else 0
-            values = [torch.nn.functional.pad(value, (longest - value.shape[1], 0), value=fill) for value in values]
-        batch[name] = torch.cat(values).to(device)
-    return batch
-
-
 def described(messages: list[dict[str, Any]]) -> list[Any]:
     """Messages as JSON values for a key: files by `file_mark`, pictures in memory by their pixels."""
     parts = []
@@ -102,15 +83,6 @@ def described(messages: list[dict[str, Any]]) -> list[Any]:
                 media = repr(media)
             parts.append([message["role"], part["type"], part.get("text"), media])
     return parts
-
-
-def _image(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        return Image.open(image).convert("RGB")
-    except OSError as error:
-        raise DataError(f"{image}: cannot be read as an image ({error})") from error
 
 
 def _path(video: Any) -> str:

@@ -1,0 +1,74 @@
+"""Latents in verl's batches: which positions they stand at, and which rows they belong to.
+
+verl carries samples of different lengths as jagged nested tensors: `input_ids` (prompt and response), `responses`,
+`response_mask`, and our `latents` (k_i, H). Functions here take such a batch and speak of its tokens laid end to end
+("flat", n tokens in all).
+"""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from future_l1_plugin.latent import LatentTokens
+
+
+def rows(field: Any) -> list[Tensor]:
+    """The rows of a field. TransferQueue hands equal lengths back as a dense tensor, others as a nested one."""
+    return list(field.unbind())
+
+
+def flat(field: Any) -> Tensor:
+    """All rows end to end."""
+    return field.values() if field.is_nested else field.flatten(0, 1)
+
+
+def trained_latents(batch: TensorDict, tokens: LatentTokens) -> int:
+    """Latent positions that count in the loss."""
+    found = (flat(batch["responses"]) == tokens.latent) & flat(batch["response_mask"]).bool()
+    return int(found.sum())
+
+
+def latent_rows(batch: TensorDict, tokens: LatentTokens) -> list[Tensor]:
+    """The recorded latents of each row, (k_i, H).
+
+    Rows that verl adds to fill a batch copy the latents of a real sample beside an empty response; they get none.
+
+    Raises:
+        ValueError: a row's latents and `<|latent|>` ids differ in number.
+    """
+    found = []
+    given = rows(batch["latents"])
+    for i, (response, mask, latents) in enumerate(
+        zip(rows(batch["responses"]), rows(batch["response_mask"]), given, strict=True)
+    ):
+        expected = int((response == tokens.latent).sum())
+        if expected == 0 and not mask.any():
+            latents = latents[:0]
+        if len(latents) != expected:
+            name = list(batch["uid"])[i] if "uid" in batch else f"in row {i}"
+            raise ValueError(
+                f"sample {name}: its response has {expected} <|latent|> ids, its rollout brought {len(latents)} "
+                "latents. Ids and latents must come from one rollout: if an agent loop of your own cuts or edits responses, cut "
+                "`latents` with them."
+            )
+        found.append(latents)
+    return found
+
+
+def response_positions(batch: TensorDict) -> Tensor:
+    """Bool (n,), True at response tokens."""
+    offsets = batch["input_ids"].offsets()
+    lengths = offsets.diff()
+    prompts = torch.tensor([len(row) for row in rows(batch["prompts"])], device=offsets.device)
+    position = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
+    return position >= prompts.repeat_interleave(lengths)
+
+
+def laid_out(where: Tensor, batch: TensorDict, shape: torch.Size) -> Tensor:
+    """Flat Bool (n,) in the layout of the model's input: right-padded (B, T), or packed (1, n or more)."""
+    if shape[0] == 1 and shape[1] >= len(where):
+        return torch.nn.functional.pad(where, (0, shape[1] - len(where)))[None]
+    nested = torch.nested.nested_tensor_from_jagged(where, batch["input_ids"].offsets())
+    return torch.nested.to_padded_tensor(nested, padding=False, output_size=tuple(shape))

@@ -1,0 +1,223 @@
+"""verl's dataset: the prompts of `data/rl.py` as rows that travel through verl's transport.
+
+    data:
+      train_files: [world/sft.json]           # schema by file: TwiFF, FutureBench or plain
+      val_files: [world/futurebench.json]
+      max_prompt_length: 512
+      custom_cls: {path: pkg://future_l1_plugin.integrations.verl.dataset, name: LatentRLDataset}
+      future_l1:
+        video_root: world/videos              # or a mapping from file to folder
+        question_media: video
+
+A row carries text and paths, no pixels. The agent loop, in another process, turns it into token ids and pixels with
+`LatentRLDataset.encode(row, processor)`, which needs nothing but the row. verl itself is not imported here.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset
+
+from future_l1_plugin.config import from_mapping
+from future_l1_plugin.data.frames import FrameCache, VideoFrames
+from future_l1_plugin.data.rl import EncodedPrompt, RlPrompt, chat_messages, encode_prompt, load_prompts
+from future_l1_plugin.errors import ConfigError, DataError
+
+AGENT_NAME = "future_l1_latent"
+SECTION = "data.future_l1"
+_SHOWN = 10  # rows left out that are logged one by one
+
+#: Settings of verl's own dataset that would change what is asked. Prompts here are never filtered, cut or templated
+#: anew, so any other value than these is an error.
+_VERLS_OWN = {
+    "filter_overlong_prompts": False,
+    "truncation": "error",
+    "apply_chat_template_kwargs": {},
+    "mm_processor_kwargs": {},
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PromptSettings:
+    """The keys of `data.future_l1`; the first four as in `load_prompts`, for training and validation files alike."""
+
+    video_root: Any = None  # text, a mapping from file to folder, or null = the folder of each file
+    question_media: str = "images"  # images | video: how question frames of TwiFF rows are shown
+    num_frames: int = 32  # of a FutureBench clip
+    on_bad: str = "raise"  # raise | skip
+    frame_cache_mb: int = 256  # decoded frames kept in memory by each process that encodes prompts, in MiB
+
+    def __post_init__(self) -> None:
+        root = self.video_root
+        if isinstance(root, Mapping):
+            if wrong := [key for key, value in root.items() if not isinstance(value, str)]:
+                raise ConfigError(f"video_root.{wrong[0]}: expected a folder, found {root[wrong[0]]!r}")
+        elif root is not None and not isinstance(root, str):
+            raise ConfigError(f"video_root: expected a folder, or a mapping from file to folder, found {root!r}")
+        if self.question_media not in ("images", "video"):
+            raise ConfigError(f"question_media: expected images or video, found {self.question_media!r}")
+        if self.on_bad not in ("raise", "skip"):
+            raise ConfigError(f"on_bad: expected raise or skip, found {self.on_bad!r}")
+        if self.num_frames < 1:
+            raise ConfigError(f"num_frames: expected at least 1, found {self.num_frames}")
+        if self.frame_cache_mb < 0:
+            raise ConfigError(f"frame_cache_mb: expected 0 (keep nothing) or more, found {self.frame_cache_mb}")
+
+
+def prompt_settings(data_config: Mapping[str, Any]) -> PromptSettings:
+    """The section `data.future_l1` of verl's `data` config, checked; the defaults if it is not there.
+
+    Raises ConfigError: unknown keys (with the nearest), values of a wrong type or out of range.
+    """
+    section = data_config.get("future_l1")
+    if section is None:
+        return PromptSettings()
+    # Resolved here: within the merge, `${data.seed}` would look for its value in the section alone.
+    if isinstance(section, DictConfig):
+        section = OmegaConf.to_container(section, resolve=True)
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{SECTION}: expected a section of keys and values, found {section!r}")
+    return from_mapping(PromptSettings, section, SECTION)
+
+
+class LatentRLDataset(Dataset):
+    """Prompts for `data.custom_cls`. verl's sampler shuffles by `data.shuffle` and `data.seed`; this class does not.
+
+    Args:
+        data_files: one file or a list of files.
+        tokenizer, processor: as verl passes them; not kept (the agent loop has its own).
+        config: verl's `data` section.
+        max_samples: use so many prompts: the first ones, or with `data.shuffle` ones drawn by `data.seed` (0 if that
+            is null: a resumed run must draw the same). -1 = all.
+
+    A row (`dataset[i]`), all of it plain Python values:
+        raw_prompt: messages (`chat_messages`); data_source: name for metrics;
+        reward_model: {"style": "rule", "ground_truth", "options", "kind", "question"};
+        extra_info: {"index": i, "id"}; index: i; agent_name: "future_l1_latent";
+        rl_prompt: `RlPrompt.to_dict()`; rl_limits: {"max_prompt_length": int | None, "frame_cache_mb": int}.
+
+    Raises:
+        ConfigError: bad settings. DataError: files or rows that cannot be used.
+    """
+
+    def __init__(
+        self,
+        data_files: str | Sequence[str],
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        processor: Any = None,
+        max_samples: int = -1,
+    ) -> None:
+        settings = prompt_settings(config)
+        _check_verls_own(config)
+        if not data_files:
+            raise ConfigError("data.train_files and data.val_files: expected a file or a list of files, found nothing")
+        files = [data_files] if isinstance(data_files, str) else [str(file) for file in data_files]
+        prompts = load_prompts(
+            files, settings.video_root, settings.question_media, settings.num_frames, settings.on_bad
+        )
+        for bad in prompts.bad[:_SHOWN]:
+            logger.warning("left out: %s (id %s): %s", bad.source, bad.id, bad.reason)
+        if prompts.bad:
+            logger.warning("left out %d of %d prompts", len(prompts.bad), len(prompts.bad) + len(prompts))
+        self.prompts: list[RlPrompt] = _selected(prompts, max_samples, config)
+        self._limits = {
+            "max_prompt_length": config.get("max_prompt_length"),
+            "frame_cache_mb": settings.frame_cache_mb,
+        }
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        prompt = self.prompts[index]
+        index = int(index) % len(self.prompts)
+        return {
+            "raw_prompt": chat_messages(prompt),
+            "data_source": prompt.source,
+            "reward_model": {
+                "style": "rule",
+                "ground_truth": prompt.ground_truth,
+                "options": None if prompt.options is None else dict(prompt.options),
+                "kind": prompt.kind,
+                "question": prompt.question,
+            },
+            "extra_info": {"index": index, "id": prompt.id},
+            "index": index,
+            "agent_name": AGENT_NAME,
+            "rl_prompt": prompt.to_dict(),
+            "rl_limits": dict(self._limits),
+        }
+
+    def resume_dataset_state(self) -> None:
+        """verl's word for "the data loader's state was loaded". Nothing to do: prompts stay in pickled copies."""
+
+    @classmethod
+    def encode(cls, row: Mapping[str, Any], processor: Any) -> EncodedPrompt:
+        """Token ids and pixels of a row, in any process and thread; reads the files that the row names.
+
+        Decoded frames are kept for the process, up to `frame_cache_mb`. While there is a cache, clips are decoded one
+        at a time, so that threads which ask for the same clip at once decode it once.
+
+        Args:
+            row: what `dataset[i]` returned; only rl_prompt and rl_limits are used.
+            processor: Qwen3-VL's, with the chat template of a latent checkpoint.
+
+        Raises:
+            DataError: files that cannot be read; a prompt of more than `data.max_prompt_length` tokens.
+        """
+        prompt, limits = RlPrompt.from_dict(row["rl_prompt"]), row["rl_limits"]
+        encoded = encode_prompt(prompt, processor, _frame_cache(limits["frame_cache_mb"]))
+        most = limits["max_prompt_length"]
+        if most is not None and len(encoded.prompt_ids) > most:
+            fewer = {"video": "lower data.future_l1.num_frames", "images": "show fewer or smaller pictures"}
+            raise DataError(
+                f"prompt {prompt.id}: {len(encoded.prompt_ids)} tokens, data.max_prompt_length is {most}. Raise it"
+                + (f", or {fewer[prompt.media]}." if prompt.media in fewer else ", or shorten the question.")
+            )
+        return encoded
+
+
+class _SharedCache(FrameCache):
+    """A frame cache for several threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._lock = threading.Lock()
+
+    def read(self, *args: Any, **kwargs: Any) -> VideoFrames:
+        with self._lock:
+            return super().read(*args, **kwargs)
+
+
+@functools.cache
+def _frame_cache(megabytes: int) -> _SharedCache | None:
+    """The one cache of this process (training and validation rows carry the same size); None for size 0."""
+    return _SharedCache(megabytes * 2**20) if megabytes else None
+
+
+def _check_verls_own(config: Mapping[str, Any]) -> None:
+    for key, expected in _VERLS_OWN.items():
+        found = config.get(key)
+        if found is not None and found != expected:
+            raise ConfigError(
+                f"data.{key}: LatentRLDataset never filters, cuts or re-templates prompts; expected {expected!r}, "
+                f"found {found!r}. Remove the key."
+            )
+
+
+def _selected(prompts: list[RlPrompt], most: int, config: Mapping[str, Any]) -> list[RlPrompt]:
+    if not 0 < most < len(prompts):
+        return list(prompts)
+    if not config.get("shuffle", False):
+        return prompts[:most]
+    drawn = np.random.default_rng(config.get("seed") or 0).choice(len(prompts), size=most, replace=False)
+    return [prompts[i] for i in drawn]

@@ -1,0 +1,152 @@
+"""verl's FSDP2 engine, fed with the recorded latents: `actor.strategy: fsdp2_latent`.
+
+The engine's own forward pass runs unchanged inside a `LatentChannel`, which writes the latents of the rollout over the
+input embeddings and reads mu. At latent positions the log-probability of the id `<|latent|>`, which nobody chose, makes
+way for that of what was chosen: the latent itself and, where the span's budget leaves a choice, that the span went on.
+"""
+
+import json
+from functools import cache
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+
+from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.batch import (
+    flat,
+    laid_out,
+    latent_rows,
+    response_positions,
+    trained_latents,
+)
+from future_l1_plugin.integrations.verl.plugin import ENGINE
+from future_l1_plugin.la_dapo import Tempering, continue_log_prob, latent_log_prob
+from future_l1_plugin.latent import LatentChannel, build_policy
+from future_l1_plugin.latent.policy_base import Policy
+from future_l1_plugin.model.checkpoint import attach_head, load_head
+from future_l1_plugin.model.config import LatentConfig
+
+#: Keys of a batch. LATENT: the latent settings as JSON, put there by the trainer. RETURN_MU: whether an inference pass
+#: returns mu. MU: mu at the latent positions, (k_i, H) a row. FIRST: no update since the last inference pass.
+LATENT, RETURN_MU, MU, NUM_LATENTS, FIRST = "latent", "return_latent_mu", "latent_mu", "num_latents", "first_update"
+
+
+def latent_settings(policy: dict[str, Any], tempering: Any) -> str:
+    """What goes into a batch under `LATENT`."""
+    return json.dumps({"policy": policy, "tempering": tempering}, sort_keys=True)
+
+
+@cache
+def read_settings(text: str) -> tuple[Policy, Tempering]:
+    """Policy and tempering from `latent_settings`."""
+    values = json.loads(text)
+    return build_policy(**values["policy"]), Tempering.from_name(values["tempering"])
+
+
+@EngineRegistry.register(model_type="language_model", backend=ENGINE, device=["cuda", "cpu"])
+class LatentEngine(FSDPEngineWithLMHead):
+    """See the module. Raises CheckpointError for a checkpoint without latent tokens, ConfigError for Ulysses."""
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config) -> None:
+        # verl looks the engine up by its name and then asks in several places whether it is fsdp or fsdp2.
+        object.__setattr__(engine_config, "strategy", "fsdp2")
+        if engine_config.ulysses_sequence_parallel_size > 1:
+            raise ConfigError(
+                "ulysses_sequence_parallel_size: latents need 1 (a latent and the hidden state before it would sit on "
+                f"two ranks), found {engine_config.ulysses_sequence_parallel_size}"
+            )
+        super().__init__(
+            model_config=model_config,
+            engine_config=engine_config,
+            optimizer_config=optimizer_config,
+            checkpoint_config=checkpoint_config,
+        )
+        self.latent = LatentConfig.from_hf(model_config.hf_config)
+        self._channel: LatentChannel | None = None
+        self._fed: tuple[list[Tensor], Tensor] | None = None  # latents of each row; Bool (n,) where they stand
+        self._updates = 0  # since the last inference pass
+
+    def _build_module(self):
+        module = super()._build_module()
+        attach_head(module, self.latent)
+        if self.latent.head != "none" and module.device.type != "meta":  # other ranks get rank 0's weights by broadcast
+            load_head(module, self.model_config.local_path)
+        return module
+
+    def _build_fsdp_module(self, module):
+        if get_device_name() != "cpu":
+            return super()._build_fsdp_module(module)
+        # A forward-only engine (the reference) is offloaded into pinned memory, which needs an accelerator.
+        forward_only = self.engine_config.forward_only
+        object.__setattr__(self.engine_config, "forward_only", False)
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            object.__setattr__(self.engine_config, "forward_only", forward_only)
+
+    def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False):
+        latents = torch.tensor(trained_latents(data, self.latent.tokens), device=get_device_id())
+        torch.distributed.all_reduce(latents, group=self.get_data_parallel_group())
+        if forward_only:
+            self._updates = 0
+        tu.assign_non_tensor(data, **{NUM_LATENTS: int(latents), FIRST: self._updates == 0})
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def optimizer_step(self) -> float:
+        self._updates += 1
+        return super().optimizer_step()
+
+    def forward_step(self, micro_batch: TensorDict, loss_function, forward_only: bool):
+        with LatentChannel(self.module, self.latent.tokens) as self._channel:
+            try:
+                return super().forward_step(micro_batch, loss_function, forward_only)
+            finally:
+                self._channel = self._fed = None
+
+    def prepare_model_inputs(self, micro_batch: TensorDict):
+        inputs, output_args = super().prepare_model_inputs(micro_batch)
+        where = response_positions(micro_batch)
+        latents = latent_rows(micro_batch, self.latent.tokens)
+        self._channel.feed(latents, where=laid_out(where, micro_batch, inputs["input_ids"].shape))
+        self._fed = latents, where & (micro_batch["input_ids"].values() == self.latent.tokens.latent)
+        return inputs, output_args
+
+    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
+        result = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        latents, where = self._fed
+        offsets = micro_batch["input_ids"].offsets()
+        before = where.roll(-1)  # verl keeps the log-probability of a token at the position before it
+        policy, tempering = read_settings(tu.get_non_tensor_data(micro_batch, LATENT, None))
+        mu = self._channel.mu
+        chosen = latent_log_prob(policy, mu, torch.cat(latents).to(mu.device), tempering)  # float64 (K,)
+        if not self.latent.budget.exact:
+            chosen = chosen + self._went_on(
+                output.logits, laid_out(before, micro_batch, output.logits.shape[:2]), output_args
+            )
+        # float64 from here on: an untempered density is of the order of 1e4, where float32 resolves 1e-3 nats.
+        log_probs = flat(result["log_probs"]).double().masked_scatter(before, chosen.double())
+        result["log_probs"] = torch.nested.nested_tensor_from_jagged(log_probs, offsets)
+        if "entropy" in result:  # of a choice among ids that was not made
+            entropy = flat(result["entropy"]).masked_fill(before, 0.0)
+            result["entropy"] = torch.nested.nested_tensor_from_jagged(entropy, offsets)
+        if logits_processor_func is not None:
+            result[MU] = mu  # for the loss, with its graph
+        elif tu.get_non_tensor_data(micro_batch, RETURN_MU, False):
+            counts = torch.tensor([0, *map(len, latents)], device=mu.device).cumsum(0)
+            result[MU] = torch.nested.nested_tensor_from_jagged(mu.float(), counts)
+        return result
+
+    def _went_on(self, logits: Tensor, before: Tensor, output_args: dict[str, Any]) -> Tensor:
+        """log(1 - p(end)) at each latent: the model could have ended the span there. (K,)"""
+        temperature = output_args.get("temperature_rmpad", output_args.get("temperature"))
+        rows = logits[before]
+        if "temperature_rmpad" in output_args:
+            scale = temperature[: before.shape[1]][before[0]]
+        else:
+            scale = temperature[:, None].expand_as(before)[before]
+        return continue_log_prob(rows / scale.clamp(min=1e-8)[:, None], self.latent.tokens.end, 1.0)

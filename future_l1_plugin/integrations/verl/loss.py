@@ -1,0 +1,57 @@
+"""verl's loss interface for `la_dapo.policy_loss`: unpack a micro-batch, call it, name the metrics."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.utils.padding import no_padding_2_padding
+
+from future_l1_plugin.integrations.verl.batch import rows
+from future_l1_plugin.integrations.verl.engine import FIRST, LATENT, MU, NUM_LATENTS, read_settings
+from future_l1_plugin.la_dapo import LaDapoLoss, latent_kl, policy_loss
+
+REF_MU = MU  # the reference pass leaves its mu in the batch under the name that it has in model outputs
+
+
+def loss_function(settings: LaDapoLoss, latent_id: int):
+    """What `worker_group.set_loss_fn` takes."""
+    return partial(la_dapo_loss, settings, latent_id)
+
+
+def la_dapo_loss(
+    settings: LaDapoLoss, latent_id: int, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """The loss of a micro-batch, as a share of its mini-batch over all ranks, and its metrics."""
+    log_prob = no_padding_2_padding(model_output["log_probs"], data)  # float64 (B, T)
+    names = ["responses", "response_mask", "old_log_probs", "advantages"]
+    names += ["ref_log_prob"] if "ref_log_prob" in data else []
+    padded = data.select(*names).to_padded_tensor()
+    trained = padded["response_mask"].bool()
+    latent_mask = trained & (padded["responses"] == latent_id)
+    mu, kl = model_output[MU], None
+    if settings.latent_kl_weight and len(mu):
+        policy, tempering = read_settings(tu.get_non_tensor_data(data, LATENT, None))
+        reference = torch.cat([row[: int(n)] for row, n in zip(rows(data[REF_MU]), latent_mask.sum(1), strict=True)])
+        kl = torch.zeros_like(log_prob).masked_scatter(latent_mask, latent_kl(policy, mu, reference, tempering))
+    num_latents = tu.get_non_tensor_data(data, NUM_LATENTS, None)
+    loss, means, maxima = policy_loss(
+        settings,
+        log_prob=log_prob,
+        old_log_prob=padded["old_log_probs"],
+        advantages=padded["advantages"],
+        text_mask=trained & ~latent_mask,
+        latent_mask=latent_mask,
+        num_text=data["batch_num_tokens"] - num_latents,
+        num_latents=num_latents,
+        ref_log_prob=padded.get("ref_log_prob", None) if settings.kl_weight else None,
+        latent_kl=kl,
+    )
+    ranks = data["dp_size"]  # gradients and metrics are averaged over ranks
+    metrics = {name: Metric(AggregationType.SUM, value * ranks) for name, value in means.items()}
+    metrics |= {f"{name}_max": Metric(AggregationType.MAX, value) for name, value in maxima.items()}
+    if tu.get_non_tensor_data(data, FIRST, False):
+        metrics |= {f"{name}_first_max": Metric(AggregationType.MAX, value) for name, value in maxima.items()}
+    return loss * ranks, metrics

@@ -1,0 +1,40 @@
+"""What a step reports about its latents. Names are stable: plots and tests read them."""
+
+import torch
+from torch import Tensor
+
+from future_l1_plugin.latent import LatentTokens, spans_of
+from future_l1_plugin.rewards import Sample, mean_adjacent_cosine
+
+
+def span_metrics(samples: list[Sample], tokens: LatentTokens) -> dict[str, float]:
+    """Spans a response, latents a span, share of responses with a span, mean cosine of adjacent spans."""
+    spans = [spans_of(sample.response_ids.tolist(), tokens) for sample in samples]
+    held = [length for found in spans for _, length, _ in found]
+    cosines = [mean_adjacent_cosine(sample.latents, sample.span) for sample in samples]
+    cosines = [cosine for cosine in cosines if cosine is not None]
+    metrics = {
+        "latent/spans_a_response": len(held) / len(samples),
+        "latent/latents_a_span": sum(held) / max(1, len(held)),
+        "latent/responses_with_span": sum(map(bool, spans)) / len(samples),
+    }
+    return metrics | ({"latent/adjacent_cosine": sum(cosines) / len(cosines)} if cosines else {})
+
+
+def log_prob_gaps(
+    responses: list[Tensor],
+    masks: list[Tensor],
+    rollout: list[Tensor],
+    actor: list[Tensor],
+    tokens: LatentTokens,
+) -> dict[str, float]:
+    """|rollout log-prob - actor log-prob| in nats (latents: tempered) on trained positions, text and latents apart."""
+    ids, mask = torch.cat(responses), torch.cat(masks).bool()
+    gap = (torch.cat(rollout).double() - torch.cat(actor).double()).abs()
+    is_latent = ids == tokens.latent
+    found = {}
+    for name, where in (("text", mask & ~is_latent), ("latent", mask & is_latent)):
+        if where.any():
+            found[f"rollout_gap/{name}_mean"] = float(gap[where].mean())
+            found[f"rollout_gap/{name}_max"] = float(gap[where].max())
+    return found

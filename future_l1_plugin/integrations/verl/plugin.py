@@ -1,0 +1,77 @@
+"""What verl loads in each of its processes (entry point `verl.plugins`): registrations, and nothing that costs time.
+
+verl only imports this module, so registering is a side effect of the import. Most of what is registered would pull in
+Ray, FSDP and the trainer (8 s a process); it waits until verl itself imports the module in question.
+
+verl logs a plugin that fails at DEBUG and goes on without it. A failure here is therefore printed, too.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
+from wrapt import register_post_import_hook
+
+from future_l1_plugin.compat import require
+
+#: Names that recipes use.
+TRAINER = ADVANTAGE = "la_dapo"
+ENGINE = "fsdp2_latent"
+ROLLOUT = "latent_hf"
+AGENT_LOOP = "future_l1_latent"
+_HERE = __name__.rpartition(".")[0]
+
+
+def _imports(name: str) -> Callable[[object], None]:
+    """A hook that imports one of our modules, which registers itself, once verl has imported its counterpart."""
+
+    def hook(module: object) -> None:
+        __import__(f"{_HERE}.{name}")
+
+    return hook
+
+
+def _rollout(module) -> None:
+    module._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = f"{_HERE}.rollout.LatentHFAdapter"  # verl has no setter for it
+
+
+def _replica(module) -> None:
+    def load():
+        from future_l1_plugin.integrations.verl.rollout import LatentHFReplica
+
+        return LatentHFReplica
+
+    module.RolloutReplicaRegistry.register(ROLLOUT, load)
+
+
+def _agent_loop(module) -> None:
+    module._agent_loop_registry[AGENT_LOOP] = {"_target_": f"{_HERE}.agent_loop.LatentAgentLoop"}
+
+
+def _register() -> None:
+    require("verl")
+    if _no_accelerator() and get_platform().device_name != "cpu":
+        from future_l1_plugin.integrations.verl.platform import PlatformCPU
+
+        set_platform(PlatformCPU())
+    register_post_import_hook(_imports("advantage"), "verl.trainer.ppo.core_algos")
+    register_post_import_hook(_imports("trainer"), "verl.trainer.ppo.v1")
+    register_post_import_hook(_imports("engine"), "verl.workers.engine")
+    register_post_import_hook(_rollout, "verl.workers.rollout.base")
+    register_post_import_hook(_replica, "verl.workers.rollout.replica")
+    register_post_import_hook(_agent_loop, "verl.experimental.agent_loop.agent_loop")
+
+
+def _no_accelerator() -> bool:
+    """No accelerator on this machine, and none named by verl's own VERL_PLATFORM (a GPU cluster's CPU-only head)."""
+    known = (PlatformRegistry.get(name)() for name in PlatformRegistry.registered_names())
+    # By the vendor's tools, not by torch: an actor without a GPU of its own on a GPU machine must keep verl's platform.
+    return "VERL_PLATFORM" not in os.environ and not any(p.is_platform_available(use_smi_check=True) for p in known)
+
+
+try:
+    _register()
+except Exception as error:
+    print(f"future_l1_plugin could not register with verl: {error}", file=sys.stderr, flush=True)
+    raise

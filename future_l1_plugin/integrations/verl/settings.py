@@ -1,0 +1,171 @@
+"""Our sections of a verl configuration: `latent`, `rewards` and `groups`, beside verl's own.
+
+    latent:
+      policy: {name: vmf, mean_cosine: 0.9}
+      tempering: sqrt_dim
+    rewards:
+      - {term: accuracy, weight: 0.9}
+    groups: {low: 0.1, high: 0.9}
+
+Text is clipped, averaged and compared with the reference as verl's own keys say (`actor.clip_ratio_low`,
+`clip_ratio_high`, `clip_ratio_c`, `use_kl_loss`, `kl_loss_coef`, `kl_loss_type`, `loss_agg_mode`, `entropy_coeff`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from future_l1_plugin.config import from_mapping
+from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl import plugin
+from future_l1_plugin.la_dapo import LaDapoLoss, Tempering
+from future_l1_plugin.latent import build_policy
+from future_l1_plugin.rewards import RewardSet
+from future_l1_plugin.rewards.reward_set import ACCURACY
+
+
+@dataclass
+class LatentSection:
+    """How latents are drawn in rollouts, and how they are trained."""
+
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "vmf", "mean_cosine": 0.9})
+    val_policy: dict[str, Any] = field(default_factory=lambda: {"name": "deterministic"})
+    tempering: Any = "sqrt_dim"  # none | sqrt_dim | dim | exponent in (0, 1]
+    clip_low: float = 0.1
+    clip_high: float = 0.1
+    weight: float = 0.5  # of the latent policy loss beside the text's
+    kl_weight: float = 1.0e-2  # of the latent KL to the reference
+
+    def __post_init__(self) -> None:
+        for key in ("policy", "val_policy"):
+            if "name" not in getattr(self, key):
+                raise ConfigError(f"latent.{key}: expected a `name` (deterministic, vmf or gaussian) and its keys")
+            build_policy(**getattr(self, key))
+        Tempering.from_name(self.tempering)
+        if self.kl_weight and not build_policy(**self.policy).stochastic:
+            raise ConfigError(
+                f"latent.kl_weight: {self.kl_weight} with a {self.policy['name']} policy, which has no KL. Set it to "
+                "0, or choose vmf or gaussian"
+            )
+
+
+@dataclass
+class GroupsSection:
+    """Which groups of rollouts are trained on (with `algorithm.filter_groups.enable`), and when to give up."""
+
+    low: float = 0.1  # least mean accuracy of a group
+    high: float = 0.9  # greatest
+    refill: float = 1.5  # prompts sampled anew for each one that is missing
+    max_rounds: int = 10  # rounds of sampling a step
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            raise ConfigError(f"groups: expected 0 <= low <= high <= 1, found low {self.low}, high {self.high}")
+        if self.refill < 1 or self.max_rounds < 1:
+            raise ConfigError(
+                f"groups: expected refill >= 1 and max_rounds >= 1, found {self.refill} and {self.max_rounds}"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All three sections, checked, and the loss that they make together with verl's keys."""
+
+    latent: LatentSection
+    groups: GroupsSection
+    rewards: RewardSet
+    loss: LaDapoLoss
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> "Settings":
+        """Check a whole verl configuration.
+
+        Raises:
+            ConfigError: a section is missing or wrong, or verl is set to something that latents do not go with.
+        """
+        if "rewards" not in config:
+            raise ConfigError("rewards: expected a list of reward terms at the top level, as in recipes/la_dapo.yaml")
+        check_host(config)
+        latent, actor = latent_section(config), config.actor_rollout_ref.actor
+        return cls(
+            latent=latent,
+            groups=from_mapping(GroupsSection, config.get("groups", {}), "groups"),
+            rewards=reward_set(config),
+            loss=LaDapoLoss(
+                clip_low=actor.clip_ratio_low,
+                clip_high=actor.clip_ratio_high,
+                dual_clip=actor.clip_ratio_c,
+                latent_clip_low=latent.clip_low,
+                latent_clip_high=latent.clip_high,
+                latent_weight=latent.weight,
+                latent_kl_weight=latent.kl_weight if actor.use_kl_loss else 0.0,
+                kl_weight=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+            ),
+        )
+
+
+def latent_section(config: DictConfig) -> LatentSection:
+    """The `latent` section. Raises ConfigError."""
+    return from_mapping(LatentSection, config.get("latent", {}), "latent")
+
+
+def reward_set(config: DictConfig) -> RewardSet:
+    """The `rewards` section. Raises ConfigError; the group filter and validation need to know what is correct."""
+    rewards = RewardSet.from_config(OmegaConf.to_container(config.rewards, resolve=True))
+    if ACCURACY not in rewards.sample_names:
+        raise ConfigError(
+            f"rewards: no entry is named `{ACCURACY}`, by which groups are filtered and validation is scored. Add "
+            f"{{term: {ACCURACY}, weight: 0}}, with the weight you want"
+        )
+    return rewards
+
+
+def check_host(config: DictConfig) -> None:
+    """Refuse what verl offers and latents do not go with. Raises ConfigError with the key and the value to set."""
+    model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
+    wrong = [
+        (actor.strategy != plugin.ENGINE, "actor_rollout_ref.actor.strategy", actor.strategy, plugin.ENGINE),
+        (config.trainer.v1.trainer_mode != plugin.TRAINER, "trainer.v1.trainer_mode", "", plugin.TRAINER),
+        (
+            rollout.agent.default_agent_loop != plugin.AGENT_LOOP,
+            "actor_rollout_ref.rollout.agent.default_agent_loop",
+            rollout.agent.default_agent_loop,
+            plugin.AGENT_LOOP,
+        ),
+        (not rollout.calculate_log_probs, "actor_rollout_ref.rollout.calculate_log_probs", False, True),
+        (
+            actor.loss_agg_mode != "token-mean",
+            "actor_rollout_ref.actor.loss_agg_mode",
+            actor.loss_agg_mode,
+            "token-mean",
+        ),
+        (
+            actor.use_kl_loss and actor.kl_loss_type != "low_var_kl",
+            "actor_rollout_ref.actor.kl_loss_type",
+            actor.kl_loss_type,
+            "low_var_kl",
+        ),
+        (actor.entropy_coeff != 0, "actor_rollout_ref.actor.entropy_coeff", actor.entropy_coeff, 0),
+        (config.algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, False),
+        (
+            actor.ulysses_sequence_parallel_size > 1,  # the hidden states of a latent and of its input sit on two ranks
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+            actor.ulysses_sequence_parallel_size,
+            1,
+        ),
+        (model.use_fused_kernels, "actor_rollout_ref.model.use_fused_kernels", True, False),
+        (
+            _lora(model) and not model.lora.get("merge", False),
+            "actor_rollout_ref.model.lora.merge",
+            False,
+            True,
+        ),
+    ]
+    for is_wrong, key, found, expected in wrong:
+        if is_wrong:
+            raise ConfigError(f"{key}: latents need {expected}, found {found}")
+
+
+def _lora(model: DictConfig) -> bool:
+    return model.get("lora", {}).get("rank", 0) > 0 or model.get("lora_rank", 0) > 0

@@ -1,0 +1,141 @@
+"""`trainer.v1.trainer_mode: la_dapo`: verl's synchronous trainer with LA-DAPO's rewards, loss and metrics.
+
+What is overridden are verl's hooks where there are any, and its private steps `_compute_old_log_prob`,
+`_compute_ref_log_prob`, `_compute_advantage` where there are none (verl is pinned; a test watches their signatures).
+"""
+
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from future_l1_plugin.integrations.verl.batch import rows
+from future_l1_plugin.integrations.verl.engine import LATENT, RETURN_MU, latent_settings
+from future_l1_plugin.integrations.verl.groups import GroupBuffer
+from future_l1_plugin.integrations.verl.loss import loss_function
+from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.plugin import TRAINER
+from future_l1_plugin.integrations.verl.reward import group_rewards, last_token, make_sample
+from future_l1_plugin.integrations.verl.settings import Settings
+from future_l1_plugin.integrations.verl.worker import LatentWorker
+from future_l1_plugin.latent import LatentTokens
+
+
+@register_trainer(TRAINER)
+class LaDapoTrainer(PPOTrainerSync):
+    """See the module."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.settings = Settings.from_config(config)
+        super().__init__(config)
+        self._submitted = (0, 0)  # step, prompts of it
+
+    @property
+    def trainer_mode(self) -> str:
+        """verl takes every mode but "sync" for an asynchronous one."""
+        return "sync"
+
+    @trainer_mode.setter
+    def trainer_mode(self, value: str) -> None:
+        """verl sets the name under which this class is registered."""
+
+    def _init_tokenizer(self) -> None:
+        super()._init_tokenizer()
+        self.tokens = LatentTokens.from_tokenizer(self.tokenizer)  # CheckpointError before any worker starts
+
+    def _build_replay_buffer(self) -> GroupBuffer:
+        sampler = self.config.trainer.v1.sampler
+        return GroupBuffer(
+            groups=self.settings.groups,
+            filtered=self.config.algorithm.filter_groups.enable,
+            trainer_mode="sync",
+            trainer_config=self.config.trainer.v1.get("sync", {}),
+            max_off_policy_threshold=sampler.max_off_policy_threshold,
+            max_off_policy_strategy=sampler.max_off_policy_strategy,
+            sampler_kwargs=sampler.sampler_kwargs,
+            refill_fn=self._add_prompts_to_generate,
+        )
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(LatentWorker)
+
+    def on_init_end(self) -> None:
+        self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent))
+        super().on_init_end()
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        """Names prompts by step and order, so that groups have the same names and order in every run."""
+        batch = super()._fetch_one_gen_batch()
+        step, count = self._submitted
+        count = count if step == self.global_steps else 0
+        names = [f"{self.global_steps:06d}x{count + i:06d}" for i in range(len(batch))]
+        self._submitted = (self.global_steps, count + len(batch))
+        batch["uid"] = NonTensorStack(*(NonTensorData(name) for name in names))
+        return batch
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        self._tell(batch, return_mu=False)
+        batch = super()._compute_old_log_prob(batch, metrics)
+        fields = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        metrics.update(log_prob_gaps(*(rows(data[name]) for name in fields), self.tokens))
+        return batch
+
+    def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        self._tell(batch, return_mu=bool(self.settings.loss.latent_kl_weight))
+        return super()._compute_ref_log_prob(batch, metrics)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        self._add_group_rewards(batch, metrics)
+        return super()._compute_advantage(batch, metrics)
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        self._tell(batch, return_mu=False)
+        return super()._update_actor(batch, metrics)
+
+    def _tell(self, batch: Any, return_mu: bool) -> None:
+        """Tell the engine how latents were drawn and what is wanted back."""
+        latent = self.settings.latent
+        batch.extra_info |= {LATENT: latent_settings(latent.policy, latent.tempering), RETURN_MU: return_mu}
+
+    def _add_group_rewards(self, batch: Any, metrics: dict[str, Any]) -> None:
+        """Replace each trajectory's own reward by its total, now that the whole group is here."""
+        fields = ["responses", "latents", "reward_model", "extra_fields", "uid", "extra_info"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        responses, latents = rows(data["responses"]), rows(data["latents"])
+        columns = {name: [getattr(x, "data", x) for x in list(data[name])] for name in fields[2:]}
+        samples = [
+            make_sample(
+                self.tokenizer,
+                self.tokens,
+                responses[i],
+                latents[i],
+                columns["reward_model"][i],
+                str(columns["extra_info"][i]["id"]),
+                self.config.data.max_response_length,
+            )
+            for i in real
+        ]
+        names = self.settings.rewards.sample_names
+        scores = [{name: columns["extra_fields"][i]["reward_extra_info"][name] for name in names} for i in real]
+        found = group_rewards(self.settings.rewards, samples, scores, [columns["uid"][i] for i in real])
+        totals = dict(zip(real, found.totals, strict=True))
+        token_level = [last_token(totals.get(i, 0.0), len(responses[i])) for i in range(len(batch.keys))]
+        nested = torch.nested.as_nested_tensor(token_level, layout=torch.jagged)
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"rm_scores": nested}, batch_size=len(batch.keys)),
+        )
+        metrics.update(self.settings.rewards.metrics(samples, found.totals, found.terms))
+        metrics.update(span_metrics(samples, self.tokens))

@@ -1,0 +1,34 @@
+"""verl's worker with what a CPU needs before its start, and with the vision tower frozen where asked for."""
+
+import os
+
+import torch
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.device import get_device_name
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+
+class LatentWorker(ActorRolloutRefWorker):
+    """Actor, reference and rollout adapter of one rank."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if get_device_name() == "cpu" and not torch.distributed.is_initialized():
+            # verl asks for "cpu:gloo,<device>:<backend>", which names the CPU twice.
+            torch.distributed.init_process_group(
+                "gloo",
+                rank=self.rank,
+                world_size=self.world_size,
+                init_method=os.environ.get("DIST_INIT_METHOD"),  # verl's own way to tell its workers
+            )
+        if get_device_name() == "cpu":
+            # Gradients of small models underflow to denormal numbers, on which a CPU is several times slower.
+            torch.set_flush_denormal(True)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        super().init_model()
+        if "actor" in self.role and self.config.actor.get("freeze_vision_tower", False):
+            for module in self.actor.engine.module.modules():
+                if "visual" in module._modules:
+                    module.visual.requires_grad_(False)

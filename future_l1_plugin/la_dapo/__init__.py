@@ -1,0 +1,18 @@
+"""LA-DAPO: advantages, group filter, policy loss over tokens and latents. Pure tensor functions: no host, no I/O."""
+
+from future_l1_plugin.la_dapo.advantage import group_advantage, la_dapo_advantage
+from future_l1_plugin.la_dapo.filter import keep_group
+from future_l1_plugin.la_dapo.policy_loss import LaDapoLoss, policy_loss
+from future_l1_plugin.la_dapo.tempering import Tempering, continue_log_prob, latent_kl, latent_log_prob
+
+__all__ = [
+    "LaDapoLoss",
+    "Tempering",
+    "continue_log_prob",
+    "group_advantage",
+    "keep_group",
+    "la_dapo_advantage",
+    "latent_kl",
+    "latent_log_prob",
+    "policy_loss",
+]
