@@ -149,13 +149,24 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="output of scripts/demo.sh")
+    parser.add_argument("folder", nargs="?", help="output of scripts/demo.sh")
+    parser.add_argument("--rl", nargs="+", metavar="FILE", help="instead: metrics files of runs of verl, to be plotted")
+    parser.add_argument("--out", metavar="PNG", help="the picture to write, with --rl")
+    parser.add_argument("--val-questions", type=int, metavar="N", help="questions of an RL validation, for error bars")
 
 
 def _report(args: argparse.Namespace) -> int:
-    from future_l1_plugin.report import report_demo
+    from future_l1_plugin.errors import ConfigError
 
-    report_demo(args.folder)
+    if (args.folder is None) == (args.rl is None) or (args.rl is None) != (args.out is None):
+        raise ConfigError("expected either FOLDER, or --rl FILE [FILE ..] --out PNG")
+    from future_l1_plugin.report import plot_rl_files, report_demo
+
+    if args.rl:
+        plot_rl_files(args.rl, args.out, args.val_questions)
+        print(f"curves: {args.out}")
+    else:
+        report_demo(args.folder, args.val_questions)
     return 0
 
 
@@ -165,7 +176,7 @@ COMMANDS = (
     Command("generate", "ask a latent checkpoint about a video or pictures", _generate_arguments, _generate),
     Command("world", "draw the micro world: videos, questions, training records", _world_arguments, _world),
     Command("tiny", "write a latent Qwen3-VL of two million parameters", _tiny_arguments, _tiny),
-    Command("report", "table and pictures of a demo run", _report_arguments, _report),
+    Command("report", "table and pictures of a demo run, or curves of RL runs", _report_arguments, _report),
 )
 
 

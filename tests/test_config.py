@@ -193,7 +193,7 @@ def test_bad_overrides(recipe, override):
 def test_a_section_of_a_host_is_checked_as_a_recipe_is():
     values = {"output": "x", "train": {"seed": 2}}
     assert from_mapping(Recipe, values, "future_l1") == Recipe(output="x", train=Train(seed=2))
-    with pytest.raises(ConfigError, match="future_l1: unknown key `train.sed`. Did you mean `train.seed`"):
+    with pytest.raises(ConfigError, match=r"future_l1: unknown key `train\.sed`\. Did you mean `train\.seed`"):
         from_mapping(Recipe, {"output": "x", "train": {"sed": 2}}, "future_l1")
     with pytest.raises(ConfigError, match="future_l1: output must be given"):
         from_mapping(Recipe, {}, "future_l1")

@@ -10,7 +10,11 @@ from future_l1_plugin.config import load_recipe, save_recipe
 from future_l1_plugin.integrations.hf_trainer.recipe import SftRecipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SHIPPED = sorted(file.relative_to(RECIPES).as_posix() for file in RECIPES.rglob("*.y*ml"))
+ABLATIONS = ("grpo", "dapo", "dapo_ctr", "dapo_div", "text_only")
+EVERY = sorted(file.relative_to(RECIPES).as_posix() for file in RECIPES.rglob("*.y*ml"))
+#: Recipes of verl, which are Hydra's. tests/integrations/test_verl_recipes.py checks them.
+VERL = {"la_dapo.yaml", "la_dapo_micro.yaml", *(f"ablations/{n}.yaml" for n in ABLATIONS)}
+SHIPPED = [name for name in EVERY if name not in VERL]
 
 #: Which dataclass a recipe fills, by the beginning of its file's name; the first match counts.
 CLASSES = {"sft": SftRecipe, "micro_base": SftRecipe}
@@ -45,6 +49,7 @@ def commented(text: str) -> dict[str, bool]:
 
 def test_there_are_recipes():
     assert {"sft_micro.yaml", "micro_base.yaml", "ablations/sft_micro_text.yaml"} <= set(SHIPPED)
+    assert set(EVERY) >= VERL
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -141,7 +141,7 @@ def load_prompts(
         files: one file or several; each may have its own schema.
         video_root: folder that relative video paths are joined to (FutureBench: the part after `video_dataset/`). One
             folder for all files, or a mapping from file (as in `files`) to folder, which plain files need not be in.
-            None: the folder of the file.
+            None: `videos` beside the file if there is such a folder, else the folder of the file.
         question_media: how the question frames of TwiFF rows are shown.
         num_frames: frames of a FutureBench clip; a shorter clip gives all it has.
         on_bad: "raise" reads to the end and then raises one error that counts all bad rows and lists the first ten;
@@ -222,7 +222,8 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
 
 def _root(name: str | os.PathLike, video_root: VideoRoot) -> Path:
     if video_root is None:
-        return Path(name).parent
+        beside = Path(name).parent / "videos"
+        return beside if beside.is_dir() else Path(name).parent
     if not isinstance(video_root, Mapping):
         return Path(video_root)
     for file, root in video_root.items():

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from future_l1_plugin.errors import DataError
 from future_l1_plugin.integrations.lmms_eval.results import Metric, read_results, read_samples
 from future_l1_plugin.latent.tokens import LATENT, START
 
@@ -69,13 +70,22 @@ def _first(value: object) -> str:
 
 
 def paired_difference(run: Run, other: Run) -> Metric:
-    """Mean of (run right) - (other right) over the same questions, and its standard error."""
+    """Mean of (run right) - (other right) over the same questions, and its standard error.
+
+    Raises DataError if the two were not asked the same questions.
+    """
     theirs = {sample.doc_id: sample.correct for sample in other.samples}
+    if len(run.samples) != len(theirs) or any(sample.doc_id not in theirs for sample in run.samples):
+        raise DataError(
+            f"{run.name} and {other.name}: expected evaluations on the same questions, found {len(run.samples)} and "
+            f"{len(theirs)} questions with different numbers. Delete the older of the two `eval` folders and evaluate "
+            "that model again."
+        )
     differences = [sample.correct - theirs[sample.doc_id] for sample in run.samples]
     n = len(differences)
     mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    return Metric(mean, math.sqrt(variance / n))
+    variance = sum((d - mean) ** 2 for d in differences) / (n - 1) if n > 1 else None
+    return Metric(mean, None if variance is None else math.sqrt(variance / n))
 
 
 def percent(metric: Metric) -> str:

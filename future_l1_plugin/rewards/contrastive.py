@@ -187,7 +187,8 @@ def _check_shapes(latents: Sequence[Tensor], correct: Tensor, group: Tensor) -> 
 
 
 def _check_finite(latents: list[Tensor], rollouts: list[int]) -> None:
-    for latent, rollout in zip(latents, rollouts, strict=True):
+    for rollout in rollouts:
+        latent = latents[rollout]
         if not (finite := latent.isfinite().all(1)).all():
             step = int((~finite).nonzero()[0])
             raise RewardError(

@@ -593,3 +593,9 @@ def test_media_that_cannot_be_read_name_the_prompt(tmp_path, clip_file, pictures
     (pictures / "flat.png").write_bytes(broken)  # its header is good
     with pytest.raises(DataError, match=r"prompt flat: .*flat.png: cannot be read as an image"):
         encode_prompt(flat, processor)
+
+
+def test_videos_lie_beside_the_file_unless_said_otherwise(tmp_path):
+    make_world(tmp_path / "world", test=1, train=0, perception=0, seed=0)
+    (prompt,) = load_prompts(tmp_path / "world" / "futurebench.json")
+    assert prompt.video.startswith(str(tmp_path / "world" / "videos" / "test"))

@@ -183,12 +183,12 @@ def through_transfer_queue(batch):
 
     def sent(data):
         message = ZMQMessage.create(ZMQRequestType.PUT_DATA, "here", {"data": data}, "there")
-        return ZMQMessage.deserialize([bytes(frame) for frame in message.serialize()]).body["data"]
+        return ZMQMessage.deserialize([bytearray(frame) for frame in message.serialize()]).body["data"]
 
-    unit, keys = StorageUnitData(), list(range(len(batch)))
+    unit, keys, names = StorageUnitData(), list(range(len(batch))), list(batch.keys())
     for half in (keys[::2], keys[1::2]):  # as if there were two units
-        unit.put_data(sent({name: Manager._select_by_positions(batch[name], half) for name in batch.keys()}), half)
-    back = sent(unit.get_data(list(batch.keys()), keys))
+        unit.put_data(sent({name: Manager._select_by_positions(batch[name], half) for name in names}), half)
+    back = sent(unit.get_data(names, keys))
     return TensorDict({name: Manager._pack_field_values(values) for name, values in back.items()}, [len(batch)])
 
 

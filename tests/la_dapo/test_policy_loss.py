@@ -132,6 +132,26 @@ def test_gradient_by_hand_and_nothing_leaks_from_outside_the_masks(dtype):
     torch.testing.assert_close(inputs["log_prob"].grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "low", "high", "dual"),
+    [
+        (1.5, 1.0, 0, 1, 0),
+        (1.5, -1.0, 0, 0, 0),  # too likely and bad: the gradient stays
+        (0.5, -1.0, 1, 0, 0),
+        (0.5, 1.0, 0, 0, 0),  # too unlikely and good: the gradient stays
+        (4.0, -1.0, 0, 0, 1),
+        (4.0, 0.0, 0, 0, 0),
+    ],
+)
+def test_which_end_of_the_clip_range_cuts(ratio, advantage, low, high, dual):
+    mask, none, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, 1)
+    log_prob = torch.full((1, 1), math.log(ratio), requires_grad=True)
+    loss, metrics, _ = policy_loss(NO_KL, log_prob, zero, zero + advantage, mask, none, 1, 0)
+    loss.backward()
+    assert [float(metrics[f"text/{key}"]) for key in ("clip_low", "clip_high", "dual_clip")] == [low, high, dual]
+    assert (float(log_prob.grad) == 0) is (low + high + dual > 0 or advantage == 0)
+
+
 def test_old_and_reference_count_as_data():
     inputs = by_hand()
     for key in ("old_log_prob", "advantages", "ref_log_prob"):

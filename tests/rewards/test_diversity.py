@@ -1,6 +1,7 @@
 """R_div and its metric: values worked out by hand, and a plain loop as the second implementation."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_random_rollouts_agree_with_a_plain_loop(seed):
     span = torch.randint(0, 9, (20,), generator=generator).sort().values
     latents = torch.randn(20, 16, generator=generator, dtype=torch.float64)
     means = [latents[span == number].mean(0) for number in span.unique()]
-    cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(means, means[1:], strict=False)]
+    cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in pairwise(means)]
     assert temporal_diversity(latents, span) == pytest.approx(-sum(c * c for c in cosines) / len(cosines), rel=1e-12)
     assert mean_adjacent_cosine(latents, span) == pytest.approx(sum(cosines) / len(cosines), rel=1e-12)
     # bfloat16 has 8 bits, but once rounded the arithmetic is exact.

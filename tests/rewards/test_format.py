@@ -117,7 +117,7 @@ RAMBLING = ["<", "<|", "< ", "</", "<reason>", "</reason>", "<answer>", R, L, L 
 
 
 @pytest.mark.parametrize("piece", RAMBLING)
-@pytest.mark.parametrize("before", ["", R, L])
+@pytest.mark.parametrize("before", ["", L])
 def test_a_hundred_thousand_characters_are_read_quickly(piece, before):
     text = before + piece * (100_000 // len(piece))
     start = time.perf_counter()

@@ -103,8 +103,8 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     """verl's worker; it tells the trainer why a rollout failed, and keeps what the processor made of a prompt."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The steps of AgentLoopWorkerTQ.__init__. Ray ships inherited methods by value, and a `super()` in one whose class
-        # its module only offers as an actor would refer to a copy of that class.
+        # The steps of AgentLoopWorkerTQ.__init__. Ray ships inherited methods by value: a `super()` in one whose class
+        # its module offers only as an actor would refer to a copy of that class.
         AgentLoopWorker.__init__(self, *args, **kwargs)
         tq.init()
         self.background_tasks: set[asyncio.Task] = set()

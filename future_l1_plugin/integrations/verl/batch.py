@@ -50,8 +50,8 @@ def latent_rows(batch: TensorDict, tokens: LatentTokens) -> list[Tensor]:
             name = list(batch["uid"])[i] if "uid" in batch else f"in row {i}"
             raise ValueError(
                 f"sample {name}: its response has {expected} <|latent|> ids, its rollout brought {len(latents)} "
-                "latents. Ids and latents must come from one rollout: if an agent loop of your own cuts or edits responses, cut "
-                "`latents` with them."
+                "latents. Ids and latents must come from one rollout: if an agent loop of your own cuts or edits "
+                "responses, cut `latents` with them."
             )
         found.append(latents)
     return found

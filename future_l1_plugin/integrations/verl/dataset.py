@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 class PromptSettings:
     """The keys of `data.future_l1`; the first four as in `load_prompts`, for training and validation files alike."""
 
-    video_root: Any = None  # text, a mapping from file to folder, or null = the folder of each file
+    video_root: Any = None  # text, a mapping from file to folder, or null = as in `load_prompts`
     question_media: str = "images"  # images | video: how question frames of TwiFF rows are shown
     num_frames: int = 32  # of a FutureBench clip
     on_bad: str = "raise"  # raise | skip

@@ -45,9 +45,10 @@ class GroupBuffer(ReplayBuffer):
             RolloutError: a rollout failed, or `groups.max_rounds` rounds did not give enough groups.
         """
         seen: Counter[str] = Counter()
+        sampled: dict[str, float] = {}  # mean accuracy of every group of the step, kept or not
         for round_ in range(1, self.groups.max_rounds + 1):
             self._wait(partition_id)
-            verdicts = self._verdicts(partition_id) if partition_id == "train" else {}
+            verdicts = self._verdicts(partition_id, sampled) if partition_id == "train" else {}
             seen.update(verdicts.values())
             self._clear_groups(partition_id, set(verdicts))
             kept = sorted(self.finished_keys[partition_id])
@@ -64,6 +65,7 @@ class GroupBuffer(ReplayBuffer):
         if partition_id != "train":
             return batch, {}
         return batch, {
+            "groups/accuracy": sum(sampled.values()) / len(sampled),
             "groups/rounds": round_,
             "groups/too_easy": seen["too_easy"],
             "groups/too_hard": seen["too_hard"],
@@ -89,8 +91,8 @@ class GroupBuffer(ReplayBuffer):
         what = reasons[0] if reasons else "see the AgentLoopWorker's log above"
         return f"{len(failed)} of the step's prompts failed in rollout or reward; the first: {what}"
 
-    def _verdicts(self, partition_id: str) -> dict[str, str]:
-        """Why a finished group is not trained on, for those that are not."""
+    def _verdicts(self, partition_id: str, sampled: dict[str, float]) -> dict[str, str]:
+        """Why a finished group is not trained on, for those that are not; notes accuracies in `sampled`."""
         keys = [key for key in self.partitions[partition_id] if key.split("_")[0] in self.finished_keys[partition_id]]
         if not keys:
             return {}
@@ -101,11 +103,13 @@ class GroupBuffer(ReplayBuffer):
         verdicts = {}
         for uid, infos in members.items():
             accuracies = [float(info["acc"]) for info in infos]
-            if any(info.get(DROPPED) for info in infos):
+            no_verdict = any(info.get(DROPPED) for info in infos)
+            if not no_verdict:
+                sampled[uid] = sum(accuracies) / len(accuracies)
+            if no_verdict:
                 verdicts[uid] = "no_verdict"
             elif self.filtered and not keep_group(accuracies, self.groups.low, self.groups.high):
-                easy = sum(accuracies) / len(accuracies) > self.groups.high
-                verdicts[uid] = "too_easy" if easy else "too_hard"
+                verdicts[uid] = "too_easy" if sampled[uid] > self.groups.high else "too_hard"
         return verdicts
 
     def _starved(self, found: int, wanted: int, seen: Counter[str]) -> str:

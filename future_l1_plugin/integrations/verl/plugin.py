@@ -27,9 +27,15 @@ def _imports(name: str) -> Callable[[object], None]:
     """A hook that imports one of our modules, which registers itself, once verl has imported its counterpart."""
 
     def hook(module: object) -> None:
-        __import__(f"{_HERE}.{name}")
+        # One of ours asked for verl's module, half-way through its own import: what it needs it imports itself.
+        if not any(_is_being_imported(other) for other in list(sys.modules) if other.startswith(f"{_HERE}.")):
+            __import__(f"{_HERE}.{name}")
 
     return hook
+
+
+def _is_being_imported(name: str) -> bool:
+    return name != __name__ and getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False)
 
 
 def _rollout(module) -> None:

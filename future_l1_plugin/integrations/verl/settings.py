@@ -11,6 +11,7 @@ Text is clipped, averaged and compared with the reference as verl's own keys say
 `clip_ratio_high`, `clip_ratio_c`, `use_kl_loss`, `kl_loss_coef`, `kl_loss_type`, `loss_agg_mode`, `entropy_coeff`).
 """
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,13 @@ from future_l1_plugin.la_dapo import LaDapoLoss, Tempering
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.rewards import RewardSet
 from future_l1_plugin.rewards.reward_set import ACCURACY
+
+#: Top-level keys: verl's own, and ours. verl takes any key, so a misspelt section would be ignored.
+_SECTIONS = {
+    *("actor_rollout_ref", "algorithm", "critic", "custom_reward_function", "data", "distillation", "global_profiler"),
+    *("model_engine", "ray_kwargs", "reward", "reward_model", "sandbox_fusion", "skip", "trainer", "transfer_queue"),
+    *("latent", "rewards", "groups", "out"),
+}
 
 
 @dataclass
@@ -39,6 +47,8 @@ class LatentSection:
 
     def __post_init__(self) -> None:
         for key in ("policy", "val_policy"):
+            # null takes a key out: recipes are merged, and another policy has other keys.
+            setattr(self, key, {name: value for name, value in getattr(self, key).items() if value is not None})
             if "name" not in getattr(self, key):
                 raise ConfigError(f"latent.{key}: expected a `name` (deterministic, vmf or gaussian) and its keys")
             build_policy(**getattr(self, key))
@@ -84,6 +94,10 @@ class Settings:
         Raises:
             ConfigError: a section is missing or wrong, or verl is set to something that latents do not go with.
         """
+        if unknown := sorted(set(config) - _SECTIONS):
+            near = difflib.get_close_matches(unknown[0], _SECTIONS, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(f"unknown section `{unknown[0]}`.{hint} Sections: {', '.join(sorted(_SECTIONS))}")
         if "rewards" not in config:
             raise ConfigError("rewards: expected a list of reward terms at the top level, as in recipes/la_dapo.yaml")
         check_host(config)

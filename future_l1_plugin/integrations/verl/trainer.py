@@ -21,6 +21,7 @@ from future_l1_plugin.integrations.verl.groups import GroupBuffer
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.plugin import TRAINER
+from future_l1_plugin.integrations.verl.resume import check_same_run
 from future_l1_plugin.integrations.verl.reward import group_rewards, last_token, make_sample
 from future_l1_plugin.integrations.verl.settings import Settings
 from future_l1_plugin.integrations.verl.worker import LatentWorker
@@ -62,6 +63,10 @@ class LaDapoTrainer(PPOTrainerSync):
             refill_fn=self._add_prompts_to_generate,
         )
 
+    def _load_checkpoint(self) -> None:
+        check_same_run(self.config)
+        super()._load_checkpoint()
+
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         for role in (Role.ActorRollout, Role.ActorRolloutRef):
@@ -85,6 +90,8 @@ class LaDapoTrainer(PPOTrainerSync):
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._tell(batch, return_mu=False)
         batch = super()._compute_old_log_prob(batch, metrics)
+        for key in [key for key in metrics if key.startswith("training/rollout_")]:
+            del metrics[key]  # verl's take a density for a probability; ours keep text and latents apart
         fields = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         metrics.update(log_prob_gaps(*(rows(data[name]) for name in fields), self.tokens))

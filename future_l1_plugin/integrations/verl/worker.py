@@ -22,6 +22,8 @@ class LatentWorker(ActorRolloutRefWorker):
                 init_method=os.environ.get("DIST_INIT_METHOD"),  # verl's own way to tell its workers
             )
         if get_device_name() == "cpu":
+            # Ray gives each actor one thread. Rollout and training take turns, so the cores are free for either.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.world_size))
             # Gradients of small models underflow to denormal numbers, on which a CPU is several times slower.
             torch.set_flush_denormal(True)
 

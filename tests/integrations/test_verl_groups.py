@@ -1,0 +1,207 @@
+"""Which groups a step is trained on: the buffer on a real TransferQueue, and group rewards by hand."""
+
+import pytest
+import torch
+
+pytest.importorskip("verl")
+
+import ray
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from future_l1_plugin.integrations.verl.groups import ERROR, GroupBuffer, RolloutError
+from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.reward import DROPPED, group_rewards, last_token
+from future_l1_plugin.integrations.verl.settings import GroupsSection
+from future_l1_plugin.latent import LatentTokens
+from future_l1_plugin.rewards import RewardSet, Sample
+
+TOKENS = LatentTokens(latent=7, start=8, end=9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def queue():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    storage = {"num_data_storage_units": 1, "total_storage_size": 1000}
+    tq.init(OmegaConf.create({"backend": {"storage_backend": "SimpleStorage", "SimpleStorage": storage}}))
+    yield
+    tq.close()
+    ray.shutdown()
+
+
+def submit(uid, accuracies=None, status="finished", partition="train", **info):
+    """A prompt and its trajectories, as verl's agent loop leaves them; the last session first."""
+    tq.kv_put(key=uid, partition_id=partition, tag={"is_prompt": True, "global_steps": 1, "status": status, **info})
+    for i in reversed(range(len(accuracies or ()))):
+        extra = {"reward_extra_info": {"acc": accuracies[i]} | ({DROPPED: "timeout"} if accuracies[i] is None else {})}
+        extra["reward_extra_info"]["acc"] = accuracies[i] or 0.0
+        fields = list_of_dict_to_tensordict([{"responses": torch.arange(i + 1), "extra_fields": extra}])
+        tags = [{"status": "success", "seq_len": i, "global_steps": 1}]
+        tq.kv_batch_put(keys=[f"{uid}_{i}_0"], fields=fields, tags=tags, partition_id=partition)
+
+
+@pytest.fixture
+def clean():
+    yield
+    for partition, items in (tq.kv_list() or {}).items():
+        if items:
+            tq.kv_clear(keys=list(items), partition_id=partition)
+
+
+def buffer(refill_fn=None, filtered=True, **groups):
+    return GroupBuffer(
+        groups=GroupsSection(**groups),
+        filtered=filtered,
+        trainer_mode="sync",
+        trainer_config={},
+        max_off_policy_threshold=None,
+        max_off_policy_strategy="drop",
+        sampler_kwargs={},
+        refill_fn=refill_fn,
+    )
+
+
+@pytest.mark.usefixtures("clean")
+def test_groups_are_taken_in_the_order_of_submission():
+    for uid in ("000001x000002", "000001x000000", "000001x000001"):
+        submit(uid, [1.0, 0.0])
+    batch, metrics = buffer().sample(1, "train", 2)
+    assert batch.keys == [f"000001x00000{p}_{s}_0" for p in (0, 1) for s in (0, 1)]
+    assert metrics == {
+        "groups/accuracy": 0.5,
+        "groups/rounds": 1,
+        "groups/too_easy": 0,
+        "groups/too_hard": 0,
+        "groups/no_verdict": 0,
+        "groups/filtered": 0,
+        "groups/surplus": 1,
+    }
+    assert not [key for key in tq.kv_list("train")["train"] if key.startswith("000001x000002")], "surplus stays"
+
+
+@pytest.mark.usefixtures("clean")
+def test_groups_without_a_signal_are_replaced_by_new_ones():
+    submit("a0", [1.0] * 10)  # above 0.9
+    submit("a1", [0.0] * 10)  # below 0.1
+    submit("a2", [1.0] + [0.0] * 9)  # 0.1: kept
+    submit("a3", [None, 1.0, 0.0])  # the judge was silent on one
+    asked = []
+
+    def refill(count):
+        asked.append(count)
+        for i in range(count):
+            submit(f"b{i}", [1.0, 0.0])
+
+    batch, metrics = buffer(refill, refill=1.5).sample(1, "train", 3)
+    assert asked == [3]  # two are missing, times 1.5
+    assert {key.split("_")[0] for key in batch.keys} == {"a2", "b0", "b1"}
+    assert (metrics["groups/too_easy"], metrics["groups/too_hard"], metrics["groups/no_verdict"]) == (1, 1, 1)
+    assert (metrics["groups/filtered"], metrics["groups/rounds"], metrics["groups/surplus"]) == (3, 2, 1)
+    # Of all that was sampled and judged: 1, 0 and 0.1 in the first round, three times 0.5 in the second.
+    assert metrics["groups/accuracy"] == pytest.approx((1 + 0 + 0.1 + 3 * 0.5) / 6)
+
+
+@pytest.mark.usefixtures("clean")
+def test_without_the_filter_only_groups_without_a_verdict_go():
+    submit("a0", [1.0, 1.0])
+    submit("a1", [None, 1.0])
+    batch, metrics = buffer(filtered=False).sample(1, "train", 1)
+    assert {key.split("_")[0] for key in batch.keys} == {"a0"}
+    assert metrics["groups/no_verdict"] == 1
+
+
+@pytest.mark.usefixtures("clean")
+def test_starving_stops_with_the_reasons():
+    submit("a0", [1.0, 1.0])
+    rounds = []
+
+    def refill(count):
+        rounds.append(count)
+        submit(f"r{len(rounds)}", [0.0, 0.0])
+
+    with pytest.raises(RolloutError, match="after 3 rounds of sampling 0 of 1 groups") as error:
+        buffer(refill, max_rounds=3).sample(1, "train", 1)
+    assert "1 were too easy (mean accuracy above 0.9), 2 too hard (below 0.1)" in str(error.value)
+    assert len(rounds) == 2
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_failed_rollout_stops_the_run_with_its_message(partition):
+    submit("a0", [1.0, 0.0], partition=partition)
+    submit("a1", status="failure", partition=partition, **{ERROR: "RewardError: term 'mine' gave nan"})
+    with pytest.raises(RolloutError, match=r"1 of the step's prompts .* RewardError: term 'mine' gave nan"):
+        buffer().sample(1, partition, 1)
+
+
+@pytest.mark.usefixtures("clean")
+def test_validation_takes_everything():
+    submit("a0", [1.0], partition="val")
+    submit("a1", [0.0], partition="val")
+    batch, metrics = buffer().sample(1, "val", 2)
+    assert len(batch.keys) == 2
+    assert metrics == {}
+
+
+def sample(name, ids, latents, correct=None):
+    latents = torch.tensor(latents, dtype=torch.float32).reshape(-1, 2)
+    return Sample(
+        text="",
+        response_ids=torch.tensor(ids),
+        latents=latents,
+        span=torch.arange(len(latents)),
+        ground_truth="A",
+        sample_id=name,
+        max_response_length=10,
+        correct=correct,
+    )
+
+
+def test_group_rewards_by_hand():
+    rewards = RewardSet.from_config(
+        [{"term": "accuracy", "weight": 0.9}, {"term": "r_ctr", "weight": 0.2, "temperature": 0.5}]
+    )
+    # Two prompts, mixed. In p: x right along e1, y right along e1, z wrong along e2. In q: one rollout alone.
+    samples = [sample("x", [8, 7, 9], [1, 0]), sample("q", [8, 7, 9], [1, 0]), sample("y", [8, 7, 9], [2, 0])]
+    samples.append(sample("z", [8, 7, 9], [0, 1]))
+    scores = [{"accuracy": a} for a in (1.0, 1.0, 1.0, 0.0)]
+    found = group_rewards(rewards, samples, scores, ["p", "q", "p", "p"])
+    # x: positive y at similarity 1, negative z at 1/2. z: its best positive at 1/2, no other negative. q: nobody.
+    e = torch.tensor([2.0, 1.0]).exp()
+    r_x = float(e[0] / (e[0] + e[1]))
+    assert found.terms["r_ctr"] == pytest.approx([r_x, 0.0, r_x, 1.0])
+    assert found.totals == pytest.approx([0.9 + 0.2 * r_x, 0.9, 0.9 + 0.2 * r_x, 0.2])
+
+
+def test_the_reward_stands_on_the_last_token():
+    assert last_token(0.5, 3).tolist() == [0.0, 0.0, 0.5]
+
+
+def test_span_metrics_by_hand():
+    samples = [
+        sample("a", [1, 8, 7, 7, 9, 1, 8, 7, 9], [1, 0, 1, 0, 0, 1]),  # two spans, of 2 and 1
+        sample("b", [1, 2], []),
+        sample("c", [8, 7], [1, 0]),  # unclosed
+        sample("d", [8, 9, 3], []),  # empty
+    ]
+    object.__setattr__(samples[0], "span", torch.tensor([0, 0, 1]))
+    assert span_metrics(samples, TOKENS) == {
+        "latent/spans_a_response": 1.0,
+        "latent/latents_a_span": 1.0,
+        "latent/responses_with_span": 0.75,
+        "latent/adjacent_cosine": 0.0,
+    }
+
+
+def test_log_prob_gaps_by_hand():
+    responses = [torch.tensor([1, 7, 9]), torch.tensor([7])]
+    masks = [torch.tensor([1, 1, 0]), torch.tensor([1])]  # the end marker was forced
+    rollout = [torch.tensor([-1.0, 5.0, 0.0]), torch.tensor([3.0])]
+    actor = [torch.tensor([-1.5, 5.0, -9.0]), torch.tensor([3.5])]
+    assert log_prob_gaps(responses, masks, rollout, actor, TOKENS) == {
+        "rollout_gap/text_mean": 0.5,
+        "rollout_gap/text_max": 0.5,
+        "rollout_gap/latent_mean": 0.25,
+        "rollout_gap/latent_max": 0.5,
+    }

@@ -1,0 +1,133 @@
+"""The recipes for verl against verl's own configuration, and what is said about wrong ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("verl")
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+
+from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.resume import check_same_run
+from future_l1_plugin.integrations.verl.settings import _SECTIONS, Settings
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ABLATIONS = ("grpo", "dapo", "dapo_ctr", "dapo_div", "text_only")
+#: What a user must give for the full recipe.
+GIVEN = ["data.train_files=[rl.json]", "data.val_files=[futurebench.json]", "actor_rollout_ref.model.path=sft"]
+
+
+def recipe(name="la_dapo_micro", *overrides):
+    given = GIVEN if name == "la_dapo" else []
+    with initialize_config_dir(str(RECIPES), version_base=None):
+        search = "hydra.searchpath=[pkg://verl.trainer.config]"  # where `verl.trainer.main_ppo` looks by itself
+        return compose(name, overrides=[search, *given, *overrides])
+
+
+@pytest.mark.parametrize("ablation", [None, *ABLATIONS])
+@pytest.mark.parametrize("name", ["la_dapo", "la_dapo_micro"])
+def test_verl_and_we_take_it(name, ablation):
+    config = recipe(name, *([f"+ablations={ablation}"] if ablation else []))
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    settings = Settings.from_config(config)
+    terms = {"accuracy", "format"} | {
+        None: {"r_ctr", "r_div"},
+        "dapo_ctr": {"r_ctr"},
+        "dapo_div": {"r_div"},
+    }.get(ablation, set())
+    assert set(settings.rewards.names) == terms
+    latent = ablation in (None, "dapo_ctr", "dapo_div")
+    assert settings.loss.latent_weight == (0.5 if latent else 0.0)
+    assert settings.latent.policy["name"] == ("vmf" if latent else "deterministic")
+    assert settings.loss.clip_high == (0.2 if ablation in ("grpo", "text_only") else 0.28)
+    assert config.algorithm.filter_groups.enable == (ablation not in ("grpo", "text_only"))
+    assert config.trainer.default_local_dir.endswith("/" + (ablation or "la_dapo")), "would mix with another run"
+
+
+def test_the_paper_s_values():
+    config = recipe("la_dapo")
+    loss = Settings.from_config(config).loss
+    assert (loss.clip_low, loss.clip_high, loss.dual_clip) == (0.2, 0.28, 3.0)
+    assert (loss.latent_clip_low, loss.latent_clip_high, loss.latent_weight) == (0.1, 0.1, 0.5)
+    assert (loss.kl_weight, loss.latent_kl_weight) == (0.01, 0.01)
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    assert (rollout.n, rollout.temperature, rollout.top_p) == (8, 0.9, 0.99)
+    assert (config.data.train_batch_size, actor.optim.lr) == (64, 1e-6)
+    assert (config.groups.low, config.groups.high) == (0.1, 0.9)
+    assert Settings.from_config(config).rewards.weights == {"accuracy": 0.9, "format": 0.1, "r_ctr": 0.2, "r_div": 0.1}
+
+
+def test_each_value_of_the_full_recipe_is_explained():
+    lines = (RECIPES / "la_dapo.yaml").read_text().splitlines()
+    plain = [
+        line
+        for line in lines
+        if re.match(r"^ *[\w-]+: +[^#\s]", line)
+        and not re.search(r"\s#\s*\S", line)
+        # names of classes and modules say what they are
+        and not re.search(r"(default_agent_loop|agent_loop_manager_class|source|name|module|path): [A-Za-z{]", line)
+    ]
+    assert plain == []
+
+
+def test_ablations_only_change_values():
+    for name in ABLATIONS:
+        values = yaml.safe_load((RECIPES / "ablations" / f"{name}.yaml").read_text())
+        assert set(values) <= {"latent", "rewards", "algorithm", "actor_rollout_ref", "trainer"}
+
+
+def test_we_know_every_section_of_verl():
+    config = recipe()
+    OmegaConf.set_struct(config, False)
+    assert set(config) <= _SECTIONS
+    with pytest.raises(ConfigError, match=r"unknown section `latnt`\. Did you mean `latent`"):
+        Settings.from_config(recipe("la_dapo_micro", "+latnt.weight=1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+latent.wieght=1", "latent: unknown key `wieght`. Did you mean `weight`"),
+        ("latent.policy.mean_cosine=2", "mean_cosine"),
+        ("latent.policy.name=vfm", "expected one of deterministic, vmf, gaussian, found 'vfm'"),
+        ("latent.tempering=cube_dim", "latent tempering: expected one of none, sqrt_dim, dim or a number"),
+        ("+latent.policy.sigma=1", "unknown key 'sigma'"),
+        (
+            "latent.policy={name: deterministic, mean_cosine: null}",
+            "latent.kl_weight: 0.01 with a deterministic policy",
+        ),
+        ("groups.low=0.95", "expected 0 <= low <= high <= 1"),
+        ("+groups.hihg=1", "unknown key `hihg`. Did you mean `high`"),
+        ("rewards=[{term: acuracy, weight: 1}]", "accuracy"),
+        ("rewards=[{term: accuracy, weight: 1, temprature: 2}]", "temprature"),
+        ("rewards=[{term: format, weight: 1}]", "no entry is named `accuracy`"),
+        ("actor_rollout_ref.actor.strategy=fsdp2", "actor_rollout_ref.actor.strategy: latents need fsdp2_latent"),
+        ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "latents need token-mean"),
+        ("actor_rollout_ref.actor.entropy_coeff=0.1", "entropy_coeff: latents need 0, found 0.1"),
+        ("actor_rollout_ref.actor.clip_ratio_low=0", "clip_low"),
+        ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge: latents need True"),
+        ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels: latents need False"),
+        ("algorithm.use_kl_in_reward=true", "use_kl_in_reward: latents need False"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_fix(override, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Settings.from_config(recipe("la_dapo_micro", override))
+
+
+def test_a_run_is_only_resumed_under_its_own_settings(tmp_path):
+    mine = recipe("la_dapo_micro", f"out={tmp_path}")
+    check_same_run(mine)
+    check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1"))  # no checkpoint yet: a new start
+    check_same_run(mine)
+    (tmp_path / "la_dapo" / "latest_checkpointed_iteration.txt").write_text("10")
+    check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "trainer.total_training_steps=80", "trainer.test_freq=5"))
+    with pytest.raises(ConfigError, match=r"latent\.weight: 0\.5 -> 1"):
+        check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1"))
+    check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1", "trainer.resume_mode=disable"))

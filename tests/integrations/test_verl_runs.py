@@ -1,0 +1,196 @@
+"""Whole runs: real verl on Ray with FSDP2 workers, on video prompts, with the micro recipe and a random tiny model.
+
+Each run is a command as a user types it, and takes about a minute; the tests share what they can.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("verl")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: Small enough for a minute, large enough for two groups a step and a padded batch.
+SMALL = [
+    "data.train_batch_size=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.rollout.n=4",
+    "data.val_max_samples=4",
+    "data.max_response_length=40",
+    "trainer.total_training_steps=2",
+    "trainer.test_freq=2",
+    "trainer.save_freq=2",
+    "groups.low=0.0",  # a random model is never right
+    "groups.high=1.0",
+]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder with two worlds and a latent checkpoint that opens spans."""
+    from future_l1_plugin.data import make_world
+    from future_l1_plugin.model import load, make_tiny, save
+
+    out = tmp_path_factory.mktemp("runs")
+    make_world(out / "rl_world", test=16, train=0, perception=0, seed=1)
+    make_world(out / "world", test=4, train=0, perception=0, seed=0)
+    make_tiny(out / "tiny", seed=0)
+    model, processor = load(out / "tiny")
+    with torch.no_grad():  # a random model hardly ever opens a span by itself
+        model.lm_head.weight[model.config.latent_start_id] *= 3.0
+    save(model, processor, out / "latent" / "final")
+    return out
+
+
+def command(out, *overrides, name="la_dapo_micro"):
+    return [
+        *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(REPOSITORY / "recipes")),
+        *("--config-name", name, f"out={out}", f"hydra.run.dir={out}/hydra", *SMALL, *overrides),
+    ]
+
+
+def train(out, *overrides, fails=False):
+    """Run to the end; the log. Raises AssertionError with the log's end if it fails (or does not, with `fails`)."""
+    done = subprocess.run(command(out, *overrides), env=environment(), capture_output=True, text=True, timeout=900)
+    log = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, log[-6000:]
+    return log
+
+
+def environment():
+    return os.environ | {"HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+
+
+def metrics(out, run):
+    """{step: metrics}; of a step that a resumed run repeats, the last."""
+    lines = (out / run / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["data"] for row in map(json.loads, lines)}
+
+
+def comparable(step):
+    """What must not change from run to run: everything but times, memory and speed."""
+    timed = ("timing", "perf", "actor/perf", "throughput")
+    return {key: value for key, value in step.items() if not key.startswith(timed) and "mfu" not in key}
+
+
+@pytest.fixture(scope="module")
+def first(out):
+    """The run that others are compared with: 4 steps with vMF latents, two updates a step, a checkpoint at 2."""
+    train(out, *LONG, "trainer.project_name=${out}/first")
+    return metrics(out, "first")
+
+
+LONG = ["trainer.total_training_steps=4", "actor_rollout_ref.actor.ppo_mini_batch_size=1", "trainer.save_freq=2"]
+
+
+def test_rollout_and_actor_agree(first):
+    for step in (1, 2, 3, 4):
+        data = first[step]
+        assert data["rollout_gap/text_max"] <= 1e-3
+        assert data["rollout_gap/latent_max"] <= 1e-3
+        assert data["actor/text/ratio_gap_first_max"] <= 1e-3
+        assert data["actor/latent/ratio_gap_first_max"] <= 1e-3
+
+
+def test_each_step_reports_what_a_user_looks_for(first):
+    for name in (
+        *("reward", "reward/accuracy", "reward/format", "reward/r_ctr", "reward/r_div"),
+        *("latent/spans_a_response", "latent/latents_a_span", "latent/responses_with_span"),
+        *("rollout_gap/text_mean", "rollout_gap/latent_mean", "actor/text/ratio", "actor/latent/ratio"),
+        *("actor/text/clip_high", "actor/latent/clip_high", "actor/latent/clip_low", "actor/text/kl_ref"),
+        *("actor/latent/kl_ref", "groups/filtered", "groups/accuracy", "groups/rounds", "actor/grad_norm"),
+    ):
+        assert isinstance(first[1][name], float | int), name
+    assert first[1]["latent/responses_with_span"] > 0
+    assert any(key.startswith("val-core/futurebench/hop1/acc") for key in first[0])
+    assert any(key.startswith("val-core/futurebench/hop1/acc") for key in first[2])
+
+
+def test_the_latents_reference_moves_away_from_zero(first):
+    assert first[1]["actor/latent/kl_ref"] == pytest.approx(0.0, abs=1e-4)
+    assert first[3]["actor/latent/kl_ref"] > 0
+
+
+def test_weights_are_saved_as_an_ordinary_latent_checkpoint(out, first):
+    from future_l1_plugin.model import load
+
+    start, _ = load(out / "latent" / "final", dtype=torch.float32)
+    trained, processor = load(out / "first" / "global_step_4" / "actor" / "huggingface", dtype=torch.float32)
+    assert "default_system" in processor.chat_template
+    changed = [n for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))]
+    assert any("language_model.layers" in name for name in changed)
+    assert not any("visual" in name for name in changed), "the vision tower is frozen"
+
+
+def test_the_same_seed_gives_the_same_run_and_a_killed_one_goes_on(out, first):
+    run = "trainer.project_name=${out}/second"
+    process = subprocess.Popen(
+        command(out, *LONG, run), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    mark = out / "second" / "latest_checkpointed_iteration.txt"
+    wait_for(lambda: mark.exists() and 3 in metrics(out, "second"), process)  # step 3 is lost with the process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = metrics(out, "second")
+    (out / "second" / "metrics.jsonl").rename(out / "second" / "before.jsonl")
+    train(out, *LONG, run, "trainer.val_before_train=False")
+    after = metrics(out, "second")
+    assert set(after) == {3, 4}
+    for step, data in {**before, **after}.items():
+        assert comparable(data) == pytest.approx(comparable(first[step]), rel=1e-5, abs=1e-7, nan_ok=True), step
+
+
+def wait_for(condition, process):
+    for _ in range(1800):
+        assert process.poll() is None, "the run ended by itself"
+        try:
+            if condition():
+                return
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        time.sleep(0.2)
+    raise AssertionError("waited in vain")
+
+
+def test_two_ranks_lora_and_packing(out):
+    """2 FSDP2 ranks over gloo, a rollout server each, LoRA, a batch that must be padded: 3 groups of 3 for 2 ranks."""
+    log = train(
+        out,
+        *("trainer.project_name=${out}/two", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"),
+        *("data.train_batch_size=3", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=3"),
+        *("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=True"),
+        "trainer.save_freq=-1",
+    )
+    del log
+    for step in (1, 2):
+        data = metrics(out, "two")[step]
+        assert data["rollout_gap/latent_max"] <= 1e-3
+        assert data["rollout_gap/text_max"] <= 1e-3
+        assert data["actor/text/ratio_gap_first_max"] <= 1e-3
+        assert data["actor/latent/ratio_gap_first_max"] <= 1e-3
+
+
+@pytest.mark.parametrize("ablation", ["grpo", "dapo", "dapo_ctr", "dapo_div", "text_only"])
+def test_an_ablation_runs_two_steps(out, ablation):
+    train(out, f"+ablations={ablation}", "trainer.save_freq=-1", "trainer.val_before_train=False")
+    data = metrics(out, ablation)[2]
+    assert data["rollout_gap/text_max"] <= 1e-3
+    assert ("reward/r_ctr" in data) == (ablation == "dapo_ctr")
+    assert ("reward/r_div" in data) == (ablation == "dapo_div")
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run(out, tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def broken(sample):\n    return float('nan')\n")
+    rewards = "rewards=[{term: accuracy, weight: 1},{import_path: 'my_rewards:broken', weight: 1}]"
+    env = f"+ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH={tmp_path}"
+    log = train(out, rewards, env, "trainer.project_name=${out}/broken", "trainer.val_before_train=False", fails=True)
+    assert "RolloutError" in log
+    assert "reward term 'broken'" in log
+    assert "expected a finite number, found nan" in log
