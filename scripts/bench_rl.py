@@ -211,7 +211,6 @@ def larger(folder: Path) -> Path:
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "vocab_size": 8192}
     for key, value in {**sizes, "num_attention_heads": 16, "num_key_value_heads": 8}.items():
         setattr(config.text_config, key, value)
-    config.text_config.layer_types = None
     config.vision_config.out_hidden_size = 512
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(config)
@@ -427,7 +426,7 @@ def run_recipe(folder: Path, steps: int) -> Path:
     """A short run of the micro recipe. Returns its metrics file."""
     from future_l1_plugin.data.world import make_world
 
-    make_world(folder / "world", test=64, train=0)
+    make_world(folder / "world", test=64, train=0, progress=False)
     data = f"[{folder / 'world' / 'futurebench.json'}]"
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES)]
     command += ["--config-name", "la_dapo_micro", f"hydra.run.dir={folder}/hydra", f"out={folder}"]

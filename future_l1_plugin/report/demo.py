@@ -85,10 +85,10 @@ def _numbers(runs: Mapping[str, Run], differences: Mapping[tuple[str, str], Metr
 
 #: Under the picture of the RL runs.
 _RL_CAPTION = (
-    "RL runs start from latent SFT. Left: the rollouts that were trained on, so without groups that were filtered out "
-    "as too easy or too hard; a response that repeats itself counts -1. Validation is on a part of the held-out "
-    "questions: the mean over the kinds of question, each weighted equally. Latent terms are drawn for runs that have "
-    "them."
+    "RL runs start from latent SFT. Share of right answers: over all rollouts of a step, also of groups that were then "
+    "filtered out as too easy or too hard. Reward: over the rollouts that were trained on. Validation is on a part of "
+    "the held-out questions: the mean over the kinds of question, each weighted equally. Latent terms are drawn for "
+    "runs that have them."
 )
 
 
@@ -120,10 +120,12 @@ def _print(header: list[str], rows: list[list[str]], note: str, page: Path) -> N
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header)
+    console = Console()
+    table = Table(padding=(0, 1 if console.width >= 100 else 0))  # on 80 columns padding would cut names short
+    for title in header:
+        table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
     console.print(table)
     console.print(note)
     console.print(f"page: {page}")

@@ -101,15 +101,17 @@ def rl_figure(logs: Mapping[str, RlLog], questions: int | None = None, chance: f
         DataError: there is nothing to draw.
     """
     panels = []
-    if any(log.series("reward/accuracy") for log in logs.values()):
+    if any(log.series("groups/accuracy") for log in logs.values()):
         panels.append(_rollouts)
+    if any(log.series("reward") for log in logs.values()):
+        panels.append(_reward)
     if any(log.validation() for log in logs.values()):
         panels.append(lambda axis, logs: _validations(axis, logs, questions, chance))
     if any(log.series(f"reward/{term}") for log in logs.values() for term in _LATENT_TERMS):
         panels.append(_latent_terms)
     if not panels:
         raise DataError(
-            f"{', '.join(logs)}: expected the metrics reward/accuracy, reward/r_ctr, reward/r_div or "
+            f"{', '.join(logs)}: expected the metrics groups/accuracy, reward, reward/r_ctr, reward/r_div or "
             "val-core/SOURCE/acc/mean@N, found none of them. Were the runs made with a recipe such as la_dapo.yaml?"
         )
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), sharex=True, squeeze=False)
@@ -125,9 +127,16 @@ def rl_figure(logs: Mapping[str, RlLog], questions: int | None = None, chance: f
 
 def _rollouts(axis: Axes, logs: Mapping[str, RlLog]) -> None:
     for i, (title, log) in enumerate(logs.items()):
-        _running(axis, log.series("reward/accuracy"), title, i)
+        _running(axis, log.series("groups/accuracy"), title, i)
+    axis.set_title(f"all rollouts (bold: mean of {WINDOW} steps)", fontsize=10)
+    axis.set_ylabel("share of right answers")
+
+
+def _reward(axis: Axes, logs: Mapping[str, RlLog]) -> None:
+    for i, (title, log) in enumerate(logs.items()):
+        _running(axis, log.series("reward"), title, i)
     axis.set_title(f"rollouts trained on (bold: mean of {WINDOW} steps)", fontsize=10)
-    axis.set_ylabel("mean accuracy reward (1 = right)")
+    axis.set_ylabel("mean reward, weighted sum of terms")
 
 
 def _validations(axis: Axes, logs: Mapping[str, RlLog], questions: int | None, chance: float | None) -> None:
@@ -136,8 +145,9 @@ def _validations(axis: Axes, logs: Mapping[str, RlLog], questions: int | None, c
         points = log.validation(questions)
         if not points:
             continue
-        errors = [100 * (metric.stderr or 0) for _, metric in points]
-        bars = bars or any(metric.stderr is not None for _, metric in points)
+        known = all(metric.stderr is not None for _, metric in points)
+        errors = [100 * metric.stderr for _, metric in points] if known else None
+        bars = bars or known
         steps, values = [step for step, _ in points], [100 * metric.value for _, metric in points]
         axis.errorbar(steps, values, errors, color=f"C{i}", marker=_MARKERS[i % 6], capsize=3, lw=1, label=title)
     if chance is not None:

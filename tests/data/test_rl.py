@@ -597,5 +597,5 @@ def test_media_that_cannot_be_read_name_the_prompt(tmp_path, clip_file, pictures
 
 def test_videos_lie_beside_the_file_unless_said_otherwise(tmp_path):
     make_world(tmp_path / "world", test=1, train=0, perception=0, seed=0)
-    (prompt,) = load_prompts(tmp_path / "world" / "futurebench.json")
+    prompt, *_ = load_prompts(tmp_path / "world" / "futurebench.json")
     assert prompt.video.startswith(str(tmp_path / "world" / "videos" / "test"))

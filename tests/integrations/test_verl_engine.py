@@ -19,7 +19,7 @@ from verl.utils.tokenizer import hf_processor
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
-from future_l1_plugin.integrations.verl.batch import rows
+from future_l1_plugin.integrations.verl.batch import rows, with_ragged_positions
 from future_l1_plugin.integrations.verl.engine import LATENT, MU, RETURN_MU, LatentEngine, latent_settings
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, continue_log_prob, latent_kl, latent_log_prob, policy_loss
@@ -340,3 +340,17 @@ def test_a_checkpoint_without_latent_tokens_is_refused(rollouts, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="future-l1 convert"):
         make_engine(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("arrives", ["ragged in T", "ragged in 4", "dense"])
+def test_positions_of_samples_of_one_length(arrives):
+    each = [torch.arange(20).reshape(4, 5) + i for i in range(3)]
+    positions = {
+        "ragged in T": tu.nested_tensor_from_tensor_list(each, ragged_idx=2),
+        "ragged in 4": torch.nested.as_nested_tensor(each, layout=torch.jagged),
+        "dense": torch.stack(each),
+    }[arrives]
+    ids = torch.nested.as_nested_tensor([torch.arange(5)] * 3, layout=torch.jagged)
+    batch = with_ragged_positions(TensorDict({"input_ids": ids, "position_ids": positions}, batch_size=3))
+    chosen = tu.index_select_tensor_dict(batch, [2, 0])["position_ids"].unbind()
+    assert [row.tolist() for row in chosen] == [each[2].tolist(), each[0].tolist()]

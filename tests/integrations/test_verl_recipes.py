@@ -1,5 +1,6 @@
 """The recipes for verl against verl's own configuration, and what is said about wrong ones."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.verl.resume import check_same_run
+from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.settings import _SECTIONS, Settings
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -131,3 +132,29 @@ def test_a_run_is_only_resumed_under_its_own_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"latent\.weight: 0\.5 -> 1"):
         check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1"))
     check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1", "trainer.resume_mode=disable"))
+
+
+def test_a_resumed_run_keeps_its_metrics(tmp_path, monkeypatch):
+    from verl.utils.tracking import Tracking
+
+    monkeypatch.chdir(tmp_path)  # the logger's folder is relative
+    config = recipe("la_dapo_micro", "out=runs")
+    arguments = (config.trainer.project_name, config.trainer.experiment_name, ["file"])
+
+    def lines():
+        return [json.loads(line)["step"] for line in (tmp_path / "runs/la_dapo/metrics.jsonl").read_text().splitlines()]
+
+    first = Tracking(*arguments)
+    for step in range(4):
+        first.log({"reward": 0.5}, step)
+    first.finish()
+    with (tmp_path / "runs/la_dapo/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "da')  # killed
+    assert logged_before(config, 0) == b""
+    before = logged_before(config, 2)
+    second = Tracking(*arguments)
+    second.log({"val": 0.1}, 2)
+    put_back(second, before)
+    second.log({"reward": 0.6}, 3)
+    second.finish()
+    assert lines() == [0, 1, 2, 2, 3]

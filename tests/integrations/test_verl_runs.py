@@ -42,9 +42,7 @@ def out(tmp_path_factory):
     make_world(out / "rl_world", test=16, train=0, perception=0, seed=1)
     make_world(out / "world", test=4, train=0, perception=0, seed=0)
     make_tiny(out / "tiny", seed=0)
-    model, processor = load(out / "tiny")
-    with torch.no_grad():  # a random model hardly ever opens a span by itself
-        model.lm_head.weight[model.config.latent_start_id] *= 3.0
+    model, processor = load(out / "tiny", force_initial_latent_mode=True)  # a random model hardly ever opens a span
     save(model, processor, out / "latent" / "final")
     return out
 
@@ -138,12 +136,10 @@ def test_the_same_seed_gives_the_same_run_and_a_killed_one_goes_on(out, first):
     wait_for(lambda: mark.exists() and 3 in metrics(out, "second"), process)  # step 3 is lost with the process
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = metrics(out, "second")
-    (out / "second" / "metrics.jsonl").rename(out / "second" / "before.jsonl")
     train(out, *LONG, run, "trainer.val_before_train=False")
-    after = metrics(out, "second")
-    assert set(after) == {3, 4}
-    for step, data in {**before, **after}.items():
+    again = metrics(out, "second")
+    assert set(again) == set(first) == {0, 1, 2, 3, 4}
+    for step, data in again.items():
         assert comparable(data) == pytest.approx(comparable(first[step]), rel=1e-5, abs=1e-7, nan_ok=True), step
 
 

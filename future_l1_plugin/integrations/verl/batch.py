@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 
 from future_l1_plugin.latent import LatentTokens
 
@@ -72,3 +73,20 @@ def laid_out(where: Tensor, batch: TensorDict, shape: torch.Size) -> Tensor:
         return torch.nn.functional.pad(where, (0, shape[1] - len(where)))[None]
     nested = torch.nested.nested_tensor_from_jagged(where, batch["input_ids"].offsets())
     return torch.nested.to_padded_tensor(nested, padding=False, output_size=tuple(shape))
+
+
+def with_ragged_positions(batch: TensorDict) -> TensorDict:
+    """Mend M-RoPE positions, in place, where every sample of the batch has one length.
+
+    Rows (4, T_i) that differ in T_i make a nested tensor that is ragged in T. If no two differ, what arrives is ragged
+    in the 4 (or dense), while verl (`maybe_fix_3d_position_ids`) declares it to be ragged in T.
+    """
+    positions = batch.get("position_ids", None)
+    if positions is None or positions.dim() != 3:
+        return batch
+    lengths = batch["input_ids"].offsets().diff()
+    if not positions.is_nested or not torch.equal(positions.offsets().diff(), lengths):
+        if positions.is_nested:
+            positions._ragged_idx = 1
+        batch["position_ids"] = tu.nested_tensor_from_tensor_list(rows(positions), ragged_idx=2)
+    return batch

@@ -1,9 +1,10 @@
-"""A run is only resumed under the settings that it was started with.
+"""Resuming: only under the settings that the run was started with, and without losing its metrics.
 
 verl goes on from the newest checkpoint in `trainer.default_local_dir`, whatever wrote it. Two recipes with one folder
 would then be mixed into one run.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,26 @@ def _flat(config: DictConfig) -> dict[str, Any]:
         if section in config:
             walk(section, OmegaConf.to_container(config[section], resolve=True))
     return found
+
+
+def logged_before(config: DictConfig, step: int) -> bytes:
+    """What verl's file logger wrote before a run that resumes at `step`: its lines up to there. b"" for a new run."""
+    file = Path(config.trainer.project_name) / f"{config.trainer.experiment_name}.jsonl"
+    if step == 0 or "file" not in config.trainer.logger or not file.is_file():
+        return b""
+    kept = []
+    for line in file.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:  # a killed run may leave half a line
+            kept.append(line)
+    return b"".join(kept)
+
+
+def put_back(tracking: Any, before: bytes) -> None:
+    """Write `before` in front of what verl's file logger has written since its start."""
+    logger = tracking.logger.get("file")
+    if logger is None or not before:
+        return
+    since = Path(logger.filepath).read_bytes()
+    logger.fp.seek(0)
+    logger.fp.truncate()
+    logger.fp.write(before + since)

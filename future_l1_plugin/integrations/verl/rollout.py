@@ -388,23 +388,26 @@ class LatentHFServer:
 
     async def _decode_all(self, batches: list[list[_Request]], stream: str) -> None:
         for index, batch in enumerate(batches):
-            async with self._turn:
-                if all(request.answer.done() for request in batch):  # aborted or cancelled while it waited
-                    continue
-                self._running = batch
-                try:
-                    results = await self._in_thread(self._decode, batch, stream, index)
-                except Exception as error:  # of any kind: whoever waits for this batch must get to know
-                    if not isinstance(error, UserError):
-                        said = f"latent_hf: decoding a batch of {len(batch)} failed: {type(error).__name__}: {error}"
-                        error = RuntimeError(said)
-                    _fail(batch, error)
-                else:
-                    for request, result in zip(batch, results, strict=True):
-                        if not request.answer.done():
-                            request.answer.set_result(result)
-                finally:
-                    self._running = []
+            try:
+                await self._answer(batch, stream, index)
+            except Exception as error:  # of any kind: whoever waits for this batch must get to know
+                if not isinstance(error, UserError):
+                    said = f"latent_hf: decoding a batch of {len(batch)} failed: {type(error).__name__}: {error}"
+                    error = RuntimeError(said)
+                _fail(batch, error)
+
+    async def _answer(self, batch: list[_Request], stream: str, index: int) -> None:
+        async with self._turn:
+            if all(request.answer.done() for request in batch):  # aborted or cancelled while it waited
+                return
+            self._running = batch
+            try:
+                results = await self._in_thread(self._decode, batch, stream, index)
+                for request, result in zip(batch, results, strict=True):
+                    if not request.answer.done():
+                        request.answer.set_result(result)
+            finally:
+                self._running = []
 
     async def _in_thread(self, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

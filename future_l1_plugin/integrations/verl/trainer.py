@@ -4,6 +4,7 @@ What is overridden are verl's hooks where there are any, and its private steps `
 `_compute_ref_log_prob`, `_compute_advantage` where there are none (verl is pinned; a test watches their signatures).
 """
 
+from collections import Counter
 from typing import Any
 
 import ray
@@ -21,7 +22,7 @@ from future_l1_plugin.integrations.verl.groups import GroupBuffer
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.plugin import TRAINER
-from future_l1_plugin.integrations.verl.resume import check_same_run
+from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.reward import group_rewards, last_token, make_sample
 from future_l1_plugin.integrations.verl.settings import Settings
 from future_l1_plugin.integrations.verl.worker import LatentWorker
@@ -36,6 +37,7 @@ class LaDapoTrainer(PPOTrainerSync):
         self.settings = Settings.from_config(config)
         super().__init__(config)
         self._submitted = (0, 0)  # step, prompts of it
+        self._logged = b""
 
     @property
     def trainer_mode(self) -> str:
@@ -76,6 +78,21 @@ class LaDapoTrainer(PPOTrainerSync):
     def on_init_end(self) -> None:
         self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent))
         super().on_init_end()
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        # verl's file logger empties its file at each start.
+        self._logged = logged_before(self.config, self.global_steps)
+        super().fit(agent_loop_manager)
+
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        put_back(self.logger, self._logged)
+
+    def _val_metrics_update(self, data_sources: list[str], sample_uids: list[str], *args: Any, **kwargs: Any) -> dict:
+        """Adds `val-aux/SOURCE/questions`, from which a standard error follows."""
+        metrics = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
+        asked = Counter(source for source, _ in set(zip(data_sources, sample_uids, strict=True)))
+        return metrics | {f"val-aux/{source}/questions": count for source, count in asked.items()}
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Names prompts by step and order, so that groups have the same names and order in every run."""

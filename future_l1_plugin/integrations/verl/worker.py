@@ -5,11 +5,26 @@ import os
 import torch
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import get_device_name
-from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from future_l1_plugin.integrations.verl.batch import with_ragged_positions
+
+
+class LatentTrainingWorker(TrainingWorker):
+    """One model engine; takes batches whose samples happen to be of one length."""
+
+    def train_mini_batch(self, data):
+        return super().train_mini_batch(data=with_ragged_positions(data))
+
+    def infer_batch(self, data):
+        return super().infer_batch(data=with_ragged_positions(data))
 
 
 class LatentWorker(ActorRolloutRefWorker):
     """Actor, reference and rollout adapter of one rank."""
+
+    actor_worker_cls = LatentTrainingWorker
+    ref_worker_cls = LatentTrainingWorker
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
