@@ -26,6 +26,9 @@ TEMPERATURE = 0.5
 #: must not matter against the smallest sum. Such latents are rescaled first.
 _SMALLEST, _LARGEST = 1e-27, 1e37
 
+#: Few large operations, so that threads meet seldom, but no larger than a processor's cache.
+_BUFFER_BYTES = 2 * 2**20
+
 
 @torch.no_grad()
 def outcome_contrastive(latents: list[Tensor], correct: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -51,7 +54,7 @@ def outcome_contrastive_groups(
 ) -> Tensor:
     """R_ctr of the rollouts of many prompts; only rollouts of one group are compared.
 
-    The working memory is that of the largest group: the latents are never padded as a whole.
+    Working memory: 2 MiB, or the largest group padded to the longest rollout if that is more.
 
     Args:
         latents: N tensors (T_i, H), in any floating dtype; T_i = 0 stands for a rollout without latents.
@@ -105,15 +108,17 @@ def _similarity(latents: list[Tensor], groups: list[list[int]], lengths: Tensor,
     """s_ij, float64 (P, G, G), of the rollouts of P groups with lengths Long (P, G); of no meaning where one is 0."""
     most, steps = lengths.shape[1], int(lengths.max())
     width = latents[groups[0][0]].shape[1]
-    # One group at a time, in one buffer that stays in the cache. The squared norms stand on the diagonal of the
+    # Some groups at a time, in one buffer that stays in the cache. The squared norms stand on the diagonal of the
     # products, so the latents are read once and never normalised themselves.
-    buffer = torch.empty(most, steps, width, dtype=dtype, device=lengths.device)
+    at_once = max(1, _BUFFER_BYTES // (steps * most * width * dtype.itemsize or 1))
+    buffer = torch.empty(min(at_once, len(groups)) * steps * most * width, dtype=dtype, device=lengths.device)
     products = torch.zeros(len(groups), steps, most, most, dtype=dtype, device=lengths.device)
-    for number, rollouts in enumerate(groups):
-        products[number] = _products(latents, rollouts, buffer)
+    for start in range(0, len(groups), at_once):
+        chunk = range(start, min(start + at_once, len(groups)))
+        products[start : chunk.stop] = _products(latents, [groups[number] for number in chunk], most, steps, buffer)
     for number in _extreme(products, lengths).nonzero().flatten().tolist():
         _check_finite(latents, groups[number])
-        products[number] = _products(latents, groups[number], buffer, rescale=True)
+        products[number] = _products(latents, [groups[number]], most, steps, buffer, rescale=True)[0]
     products = products.double()
     squares = products.diagonal(dim1=2, dim2=3)  # (P, T, G)
     # Zero vectors: 0 / tiny is the cosine 0 that they are defined to have.
@@ -122,23 +127,28 @@ def _similarity(latents: list[Tensor], groups: list[list[int]], lengths: Tensor,
     return (1 + cosines / torch.minimum(lengths[:, :, None], lengths[:, None, :])) / 2
 
 
-def _products(latents: list[Tensor], rollouts: list[int], buffer: Tensor, rescale: bool = False) -> Tensor:
-    """<z_it, z_jt>, (T, G, G) as in `buffer` (G, T, H); 0 where a rollout has no step t.
+def _products(
+    latents: list[Tensor], groups: list[list[int]], most: int, steps: int, buffer: Tensor, rescale: bool = False
+) -> Tensor:
+    """<z_it, z_jt> within each of P groups, (P, T, G, G) with T = `steps` and G = `most`; 0 where there is no step t.
 
+    buffer: room for T * P * G latents, overwritten.
     rescale: divide each latent by its largest component first, which changes no cosine.
     """
-    used = max(len(latents[rollout]) for rollout in rollouts)
-    for row, rollout in enumerate(rollouts):
-        length = len(latents[rollout])
-        buffer[row, :length] = latents[rollout]
-        buffer[row, length:used] = 0
-    part = buffer[: len(rollouts), :used]
+    rollouts = [latents[rollout] for group in groups for rollout in group]
+    width, slots = rollouts[0].shape[1], len(groups) * most
+    room = buffer[: steps * slots * width].view(steps, slots, width)  # (T, P * G, H)
+    if len(rollouts) == slots and all(len(latent) == steps for latent in rollouts):
+        torch.stack(rollouts, dim=1, out=room)
+    else:
+        room.zero_()
+        for number, group in enumerate(groups):
+            for place, rollout in enumerate(group, start=number * most):
+                room[: len(latents[rollout]), place] = latents[rollout]
     if rescale:
-        part /= part.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
-    steps = part.transpose(0, 1)  # (T, G, H)
-    products = buffer.new_zeros(buffer.shape[1], buffer.shape[0], buffer.shape[0])
-    products[:used, : len(rollouts), : len(rollouts)] = torch.bmm(steps, steps.transpose(1, 2))
-    return products
+        room /= room.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(room.dtype).tiny)
+    room = room.view(steps * len(groups), most, width)
+    return torch.bmm(room, room.transpose(1, 2)).view(steps, len(groups), most, most).transpose(0, 1)
 
 
 def _extreme(products: Tensor, lengths: Tensor) -> Tensor:

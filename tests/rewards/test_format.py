@@ -89,6 +89,8 @@ RESPONSES = [
     (f"{L}{R}<answer>A< / answer></answer>", set()),
     (f"{L}<reason>a<|im_end|></reason>{A}", set()),
     (f"<|im_start|>{L}{R}{A}", set()),
+    (f"{L}<reason><|image_pad|></reason>{A}", set()),
+    (f"{L}{R}<answer></ answer></answer>", set()),
     (f"{L}<reason>a<|image_pad|></reason>{A}", set()),
 ]
 

@@ -20,7 +20,7 @@ from verl.utils.profiler import simple_timer
 
 from future_l1_plugin.integrations.verl.groups import ERROR
 from future_l1_plugin.integrations.verl.settings import latent_section
-from future_l1_plugin.latent import LatentTokens
+from future_l1_plugin.latent.tokens import LATENT
 
 #: Field of a prompt: which decoding wave it belongs to (`LatentAgentLoopManager`).
 WAVE = "wave"
@@ -47,11 +47,12 @@ class LatentOutput(AgentLoopOutput):
 class LatentAgentLoop(AgentLoopBase):
     """A single turn on text, images or video."""
 
+    _latent: Any = None  # the parsed section of the one configuration that this process has
     #: Encoded prompts of the groups under way, as futures: the sessions of a group wait for one encoding.
     _encoded: LRUCache = LRUCache(maxsize=1024)
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> LatentOutput:
-        latent = latent_section(self.config)
+        latent = self._section(self.config)
         wave = dict(kwargs[WAVE])
         validate, n = wave.pop("validate"), wave.pop("n")
         if wave["id"] is not None:
@@ -73,9 +74,9 @@ class LatentAgentLoop(AgentLoopBase):
                 request_id=uuid4().hex, prompt_ids=encoded.prompt_ids, sampling_params=params, mm_inputs=shared
             )
         forced = output.extra_fields.pop("forced")
-        tokens = LatentTokens.from_tokenizer(self.tokenizer)
+        latent_id = self.tokenizer.convert_tokens_to_ids(LATENT)
         # An end marker that the budget forced is no action; a latent is one, under the id that was forced for it.
-        mask = [int(not f or t == tokens.latent) for t, f in zip(output.token_ids, forced, strict=True)]
+        mask = [int(not f or t == latent_id) for t, f in zip(output.token_ids, forced, strict=True)]
         return LatentOutput(
             prompt_ids=encoded.prompt_ids,
             response_ids=output.token_ids,
@@ -86,6 +87,12 @@ class LatentAgentLoop(AgentLoopBase):
             extra_fields={**output.extra_fields, "turn_scores": [], "tool_rewards": []},
             processor_inputs=encoded.inputs,
         )
+
+    @classmethod
+    def _section(cls, config: Any) -> Any:
+        if cls._latent is None:
+            cls._latent = latent_section(config)
+        return cls._latent
 
     async def _encode(self, row: dict[str, Any]) -> tuple[Any, Any]:
         """The prompt's ids and processor inputs, and the latter in Ray's object store, for all sessions of a group."""

@@ -591,7 +591,13 @@ class LatentHFReplica(RolloutReplica):
         (worker,) = self.workers
         platform = get_platform()
         on_cpu = platform.device_name == "cpu"
-        node, devices = await worker.__ray_call__.remote(_location, None if on_cpu else platform.ray_resource_name())
+        resource = None if on_cpu else platform.ray_resource_name()
+
+        def location(worker: Any) -> tuple[str, str | None]:  # a closure: it travels by value, its module stays here
+            context = ray.get_runtime_context()
+            return context.get_node_id(), resource and context.get_accelerator_ids()[resource][0]
+
+        node, devices = await worker.__ray_call__.remote(location)
         name = server_name(self.replica_rank, self.name_suffix)
         options: dict[str, Any] = {}
         if not on_cpu:
@@ -725,12 +731,6 @@ def check_config(config: RolloutConfig) -> None:
             raise ConfigError(
                 f"actor_rollout_ref.rollout.{key}: latent_hf has none: expected {value}, found {found}. Set it{other}"
             )
-
-
-def _location(worker: Any, resource: str | None) -> tuple[str, str | None]:
-    """In a worker: its node's id, and the devices that Ray gave it."""
-    context = ray.get_runtime_context()
-    return context.get_node_id(), None if resource is None else context.get_accelerator_ids()[resource][0]
 
 
 def _prepare_thread(threads: int | None) -> None:
