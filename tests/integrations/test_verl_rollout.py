@@ -452,7 +452,8 @@ def cluster():
 
     from future_l1_plugin.integrations.verl import plugin  # noqa: F401 (on a machine without a GPU: the CPU platform)
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Ray runs its workers at niceness 15: beside other work on two cores they would hardly run at all.
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config={"worker_niceness": 0})
     yield ray
     ray.shutdown()
 

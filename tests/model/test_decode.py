@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.latent import LatentChannel, build_policy, latent_mask
 from future_l1_plugin.model import LatentConfig, generate, load
+from future_l1_plugin.model.decode import _log_softmax_at
 
 STEPS = 40
 
@@ -209,6 +210,12 @@ def test_teacher_forced_pass_gives_back_logprobs_and_mu(loaded, policy, temperat
         assert 0.8 < float(cosine.mean()) < 0.96
     else:
         torch.testing.assert_close(channel.mu, recorded, atol=1e-4, rtol=0)
+
+
+def test_the_chance_to_go_on_survives_float32():
+    """p(end) = 1 - e^-40 is 1 in float32; log(1 - p(end)) = -40 must come back from its logarithm."""
+    end = _log_softmax_at(torch.tensor([[0.0, 40.0], [40.0, 0.0], [0.0, 0.0]]), 1)
+    torch.testing.assert_close((-end.double().expm1()).log(), torch.tensor([-40.0, 0.0, -np.log(2)]).double())
 
 
 def test_same_seed_same_rollout_and_rows_differ(loaded):

@@ -39,32 +39,37 @@ def latent_rows(batch: TensorDict, tokens: LatentTokens) -> list[Tensor]:
     Raises:
         ValueError: a row's latents and `<|latent|>` ids differ in number.
     """
-    found = []
+    expected = _row_sums(flat(batch["responses"]) == tokens.latent, batch["responses"])
+    trained = _row_sums(flat(batch["response_mask"]), batch["response_mask"])
     given = rows(batch["latents"])
-    for i, (response, mask, latents) in enumerate(
-        zip(rows(batch["responses"]), rows(batch["response_mask"]), given, strict=True)
-    ):
-        expected = int((response == tokens.latent).sum())
-        if expected == 0 and not mask.any():
-            latents = latents[:0]
-        if len(latents) != expected:
+    given = [row if n or t else row[:0] for row, n, t in zip(given, expected, trained, strict=True)]
+    for i, (row, n) in enumerate(zip(given, expected, strict=True)):
+        if len(row) != n:
             name = list(batch["uid"])[i] if "uid" in batch else f"in row {i}"
             raise ValueError(
-                f"sample {name}: its response has {expected} <|latent|> ids, its rollout brought {len(latents)} "
-                "latents. Ids and latents must come from one rollout: if an agent loop of your own cuts or edits "
-                "responses, cut `latents` with them."
+                f"sample {name}: its response has {n} <|latent|> ids, its rollout brought {len(row)} latents. Ids and "
+                "latents must come from one rollout: if an agent loop of your own cuts or edits responses, cut "
+                "`latents` with them."
             )
-        found.append(latents)
-    return found
+    return given
+
+
+def _row_sums(values: Tensor, field: Any) -> list[int]:
+    """The sum of each row of `values`, which lie as `flat(field)` does. One wait for the device."""
+    if not field.is_nested:
+        return values.view(len(field), -1).sum(1).tolist()
+    sums = torch.nn.functional.pad(values.long().cumsum(0), (1, 0))
+    return sums[field.offsets()].diff().tolist()
 
 
 def response_positions(batch: TensorDict) -> Tensor:
     """Bool (n,), True at response tokens."""
     offsets = batch["input_ids"].offsets()
     lengths = offsets.diff()
-    prompts = torch.tensor([len(row) for row in rows(batch["prompts"])], device=offsets.device)
+    prompts = batch["prompts"]
+    prompts = prompts.offsets().diff() if prompts.is_nested else torch.tensor([prompts.shape[1]] * len(prompts))
     position = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
-    return position >= prompts.repeat_interleave(lengths)
+    return position >= prompts.to(offsets).repeat_interleave(lengths)
 
 
 def laid_out(where: Tensor, batch: TensorDict, shape: torch.Size) -> Tensor:

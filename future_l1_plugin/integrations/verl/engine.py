@@ -67,7 +67,7 @@ class LatentEngine(FSDPEngineWithLMHead):
             checkpoint_config=checkpoint_config,
         )
         self.latent = LatentConfig.from_hf(model_config.hf_config)
-        self._channel: LatentChannel | None = None
+        self._channel: LatentChannel | None = None  # found in the module once, entered for each micro-batch
         self._fed: tuple[list[Tensor], Tensor] | None = None  # latents of each row; Bool (n,) where they stand
         self._updates = 0  # since the last inference pass
 
@@ -102,11 +102,12 @@ class LatentEngine(FSDPEngineWithLMHead):
         return super().optimizer_step()
 
     def forward_step(self, micro_batch: TensorDict, loss_function, forward_only: bool):
-        with LatentChannel(self.module, self.latent.tokens) as self._channel:
+        self._channel = self._channel or LatentChannel(self.module, self.latent.tokens)
+        with self._channel:
             try:
                 return super().forward_step(micro_batch, loss_function, forward_only)
             finally:
-                self._channel = self._fed = None
+                self._fed = self._channel.mu = None  # their graph ends here
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         inputs, output_args = super().prepare_model_inputs(micro_batch)

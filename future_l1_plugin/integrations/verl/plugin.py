@@ -71,9 +71,11 @@ def _register() -> None:
 
 def _no_accelerator() -> bool:
     """No accelerator on this machine, and none named by verl's own VERL_PLATFORM (a GPU cluster's CPU-only head)."""
+    if "VERL_PLATFORM" in os.environ or get_platform().is_available():
+        return False
     known = (PlatformRegistry.get(name)() for name in PlatformRegistry.registered_names())
     # By the vendor's tools, not by torch: an actor without a GPU of its own on a GPU machine must keep verl's platform.
-    return "VERL_PLATFORM" not in os.environ and not any(p.is_platform_available(use_smi_check=True) for p in known)
+    return not any(platform.is_platform_available(use_smi_check=True) for platform in known)
 
 
 try:
