@@ -18,7 +18,7 @@ from future_l1_plugin.integrations.verl import rollout
 from future_l1_plugin.integrations.verl.rollout import LatentHFAdapter, LatentHFReplica, LatentHFServer
 from future_l1_plugin.la_dapo import Tempering, continue_log_prob, latent_log_prob
 from future_l1_plugin.latent import LatentChannel, build_policy
-from future_l1_plugin.model import LatentConfig, generate, load, save
+from future_l1_plugin.model import LatentConfig, attach_head, generate, load, save
 
 VMF = {"name": "vmf", "mean_cosine": 0.9}
 DETERMINISTIC = {"name": "deterministic"}
@@ -209,14 +209,14 @@ def same(a, b):
 
 def test_a_wave_does_not_depend_on_the_order_of_arrival(server, mixed):
     prompts = [mixed[i] for i in (0, 1, 0, 3, 5, 0, 2, 0, 4, 0)]  # three batches; a group of equal prompts
-    first = ask_wave(server, prompts)
+    first = ask_wave(server, prompts, max_tokens=12)
     for seed in (1, 2):
         order = random.Random(seed).sample(range(len(prompts)), len(prompts))
-        again = ask_wave(server, prompts, order)
+        again = ask_wave(server, prompts, order, max_tokens=12)
         assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert len({tuple(first[i].log_probs) for i in (0, 2, 5, 7, 9)}) > 2  # a group is not one response five times
     for other in ({"name": "v"}, {"seed": 1}):
-        again = ask_wave(server, prompts, **other)
+        again = ask_wave(server, prompts, max_tokens=12, **other)
         assert sum(same(a, b) for a, b in zip(first, again, strict=True)) <= 2  # some stop at once, by chance
 
 
@@ -431,6 +431,37 @@ def test_of_tied_weights_one_is_enough(tiny_path):
         await server.finish_weights(1)
 
     run(update())
+
+
+def test_a_latent_head_is_among_the_weights(tiny_path, tmp_path, mixed):
+    model, processor = load(tiny_path)
+    latent = LatentConfig.from_hf(model.config)
+    latent.use_projection_head, latent.projection_head_type, latent.force_initial_latent_mode = True, "lvr", True
+    latent.to_hf(model.config)
+    attach_head(model, latent)
+    save(model, processor, tmp_path / "checkpoint")
+    server = make_server(tmp_path / "checkpoint")
+    state = {name: weight.clone() for name, weight in server._model.state_dict().items()}
+    head = [name for name in state if "projection_head" in name]
+
+    def first_latent(changed):
+        async def update():
+            await server.load_weights(state | changed)
+            await server.finish_weights(1)
+
+        run(update())
+        (answer,) = ask_wave(server, mixed[:1], policy=DETERMINISTIC, temperature=0)
+        return answer.extra_fields["latents"][0]
+
+    before, after = first_latent({}), first_latent({name: 2 * state[name] for name in head})
+    assert len(head) >= 2 and not torch.allclose(before, after, atol=1e-3)
+
+    async def without_head():
+        await server.load_weights({name: state[name] for name in state if name not in head})
+        await server.finish_weights(1)
+
+    with pytest.raises(ConfigError, match="brought no projection_head"):
+        run(without_head())
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ from future_l1_plugin.model.batch import left_padded
 
 QUIET_S = 0.02  # requests without a wave: a batch is closed when none has come for so long
 WAVE_TIMEOUT_S = 120.0
-# Ray holds back what exceeds it, and a wave would wait for requests that wait for it; it costs no threads.
+# Calls beyond it Ray holds back, and a larger wave would wait for them in vain. It costs no threads.
 MAX_CONCURRENCY = 1 << 16
 
 #: Sampling parameters that we do not implement, and the value at which they do nothing.
@@ -182,9 +182,9 @@ class _Group:
 
 
 class LatentHFServer:
-    """Decodes for one replica. All methods that verl calls are coroutines; nothing here is a Ray object itself.
+    """Decodes for one replica: a plain class, of which the replica makes a Ray actor.
 
-    Whatever touches the model runs in one thread of its own, one thing after the other.
+    What verl calls are coroutines; whatever touches the model runs in one thread of its own, one thing after the other.
     """
 
     def __init__(
