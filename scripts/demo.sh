@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/demo}
-SEED=${SEED:-0} TEST=${TEST:-480} TRAIN=${TRAIN:-3000} STEPS=${STEPS:-} RL_STEPS=${RL_STEPS:-40} RL=${RL:-}
+SEED=${SEED:-0} TEST=${TEST:-480} TRAIN=${TRAIN:-3000} STEPS=${STEPS:-} RL_STEPS=${RL_STEPS:-30} RL=${RL:-}
 export HF_HUB_OFFLINE=1
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }

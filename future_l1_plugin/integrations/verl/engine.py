@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
+from verl.utils.model import convert_weight_keys
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from future_l1_plugin.errors import ConfigError
@@ -88,6 +91,16 @@ class LatentEngine(FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
         finally:
             object.__setattr__(self.engine_config, "forward_only", forward_only)
+
+    def _merged_lora_per_tensor_param(self):
+        """verl's, without its cast to bfloat16, by which a float32 rollout would differ from the actor by 1e-2 nats."""
+        device = get_device_id()
+        with merged_lora_context(self.module, backup_adapters=True):
+            params = convert_weight_keys(normalize_peft_param_name(self.module.state_dict()), self.module)
+            for name, value in params.items():
+                # The context takes the adapters out again: what is yielded must be a copy.
+                is_shard = isinstance(value, DTensor)
+                yield name, value.to(device).full_tensor() if is_shard else value.detach().clone()
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False):
         latents = torch.tensor(trained_latents(data, self.latent.tokens), device=get_device_id())
