@@ -50,7 +50,7 @@ def load_recipe(path: str | os.PathLike, cls: type[T], overrides: Sequence[str] 
     path = Path(path)
     recipe = OmegaConf.structured(cls)
     for file, values in _chain(path):
-        recipe = _merge(recipe, values, str(file))
+        recipe = merged(recipe, values, str(file))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
@@ -59,7 +59,7 @@ def load_recipe(path: str | os.PathLike, cls: type[T], overrides: Sequence[str] 
             values = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from error
-        recipe = _merge(recipe, values, f"override {override!r}")
+        recipe = merged(recipe, values, f"override {override!r}")
     return _to_object(recipe, str(path), "Add to the file, or pass {}=VALUE on the command line.")
 
 
@@ -74,7 +74,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], source: str) -> T:
     Raises:
         ConfigError: as `load_recipe`.
     """
-    recipe = _merge(OmegaConf.structured(cls), OmegaConf.create(OmegaConf.to_container(_config(values))), source)
+    recipe = merged(OmegaConf.structured(cls), OmegaConf.create(OmegaConf.to_container(_config(values))), source)
     return _to_object(recipe, source, "Set it there.")
 
 
@@ -148,7 +148,8 @@ def _read(path: Path, asked_by: str) -> DictConfig:
     return values
 
 
-def _merge(recipe: DictConfig, values: DictConfig, source: str) -> DictConfig:
+def merged(recipe: DictConfig, values: DictConfig, source: str) -> DictConfig:
+    """`recipe` with `values` over it. Raises ConfigError: unknown keys, all at once, or wrong types."""
     problems = _problems(recipe, OmegaConf.to_container(values, resolve=False), "", _paths(recipe))
     if problems:
         raise ConfigError(f"{source}: " + "\n  ".join(problems))

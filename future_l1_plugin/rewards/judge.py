@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from future_l1_plugin.config import _merge
+from future_l1_plugin.config import merged
 from future_l1_plugin.errors import ConfigError, DataError, UserError
 
 T = TypeVar("T")
@@ -647,8 +647,8 @@ def judge_settings(values: Mapping[str, Any] | JudgeSettings) -> JudgeSettings:
             given = OmegaConf.to_container(given, resolve=True)
         if not isinstance(given, Mapping):
             raise ConfigError(f"expected keys and values, found {given!r}")
-        merged = _merge(OmegaConf.structured(JudgeSettings), OmegaConf.create(dict(given)), "judge")
-        return JudgeSettings(**OmegaConf.to_container(merged, resolve=True))
+        values = merged(OmegaConf.structured(JudgeSettings), OmegaConf.create(dict(given)), "judge")
+        return JudgeSettings(**OmegaConf.to_container(values, resolve=True))
     except ConfigError as error:
         raise ConfigError(f"judge: {str(error).removeprefix('judge: ')}") from error
     except OmegaConfBaseException as error:
