@@ -13,8 +13,6 @@ from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.engine import FIRST, LATENT, MU, NUM_LATENTS, read_settings
 from future_l1_plugin.la_dapo import LaDapoLoss, latent_kl, policy_loss
 
-REF_MU = MU  # the reference pass leaves its mu in the batch under the name that it has in model outputs
-
 
 def loss_function(settings: LaDapoLoss, latent_id: int):
     """What `worker_group.set_loss_fn` takes."""
@@ -31,11 +29,13 @@ def la_dapo_loss(
     padded = data.select(*names).to_padded_tensor()
     trained = padded["response_mask"].bool()
     latent_mask = trained & (padded["responses"] == latent_id)
-    mu, kl = model_output[MU], None
-    if settings.latent_kl_weight and len(mu):
+    mu = model_output[MU]
+    kl = torch.zeros_like(log_prob) if settings.latent_kl_weight else None
+    if kl is not None and len(mu):
         policy, tempering = read_settings(tu.get_non_tensor_data(data, LATENT, None))
-        reference = torch.cat([row[: int(n)] for row, n in zip(rows(data[REF_MU]), latent_mask.sum(1), strict=True)])
-        kl = torch.zeros_like(log_prob).masked_scatter(latent_mask, latent_kl(policy, mu, reference, tempering))
+        # In the batch, what the reference pass left; in the output, the actor's.
+        reference = torch.cat([row[: int(n)] for row, n in zip(rows(data[MU]), latent_mask.sum(1), strict=True)])
+        kl = kl.masked_scatter(latent_mask, latent_kl(policy, mu, reference, tempering))
     num_latents = tu.get_non_tensor_data(data, NUM_LATENTS, None)
     loss, means, maxima = policy_loss(
         settings,

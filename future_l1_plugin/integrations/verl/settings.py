@@ -42,6 +42,7 @@ class LatentSection:
     tempering: Any = "sqrt_dim"  # none | sqrt_dim | dim | exponent in (0, 1]
     clip_low: float = 0.1
     clip_high: float = 0.1
+    dual_clip: float | None = None  # worth setting with tempering none
     weight: float = 0.5  # of the latent policy loss beside the text's
     kl_weight: float = 1.0e-2  # of the latent KL to the reference
 
@@ -112,6 +113,7 @@ class Settings:
                 dual_clip=actor.clip_ratio_c,
                 latent_clip_low=latent.clip_low,
                 latent_clip_high=latent.clip_high,
+                latent_dual_clip=latent.dual_clip,
                 latent_weight=latent.weight,
                 latent_kl_weight=latent.kl_weight if actor.use_kl_loss else 0.0,
                 kl_weight=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
