@@ -49,7 +49,13 @@ def path(tiny_path, tmp_path_factory):
 
 
 def make_server(path, **more) -> LatentHFServer:
-    settings = {"dtype": "float32", "attn_implementation": "sdpa", "response_length": STEPS, "max_num_seqs": 4}
+    settings = {
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+        "response_length": STEPS,
+        "max_num_seqs": 4,
+        "threads": 1,
+    }
     return LatentHFServer(path, **(settings | more))
 
 
