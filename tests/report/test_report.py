@@ -198,9 +198,10 @@ def figure():
         plt.close(one)
 
 
-def test_three_panels(tmp_path, figure):
+def test_four_panels(tmp_path, figure):
     shown = figure({"DAPO": log(tmp_path, False), "LA-DAPO": log(tmp_path, True)}, questions=120, chance=0.25)
-    rollouts, validation, terms = shown.axes
+    rollouts, reward, validation, terms = shown.axes
+    assert list(reward.lines[0].get_ydata()) == [0.5] * 12
     assert all(
         axes.get_title() and axes.get_xlabel() and axes.get_ylabel() and axes.get_legend() for axes in shown.axes
     )
@@ -235,8 +236,8 @@ def test_nothing_is_cut_off(tmp_path, figure):
 
 def test_panels_without_numbers_are_left_out(tmp_path, figure):
     without_error = figure({"DAPO": log(tmp_path, False)})
-    assert len(without_error.axes) == 2 and "SE" not in without_error.axes[1].get_title()
-    assert not without_error.axes[1].containers[0].has_yerr
+    assert len(without_error.axes) == 3 and "SE" not in without_error.axes[2].get_title()
+    assert not without_error.axes[2].containers[0].has_yerr
     assert len(figure({"run": RlLog({1: {"groups/accuracy": 0.5}})}).axes) == 1
     with pytest.raises(DataError, match=r"run: expected the metrics groups/accuracy.*found none"):
         figure({"run": RlLog({1: {"critic/score/mean": 0.5}})})
