@@ -14,8 +14,9 @@ from verl.workers.config import RolloutConfig
 from verl.workers.config.rollout import CheckpointEngineConfig
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.verl import rollout
-from future_l1_plugin.integrations.verl.rollout import LatentHFAdapter, LatentHFReplica, LatentHFServer
+from future_l1_plugin.integrations.verl import rollout_server
+from future_l1_plugin.integrations.verl.rollout import LatentHFAdapter, LatentHFReplica
+from future_l1_plugin.integrations.verl.rollout_server import LatentHFServer
 from future_l1_plugin.la_dapo import Tempering, continue_log_prob, latent_log_prob
 from future_l1_plugin.latent import LatentChannel, build_policy
 from future_l1_plugin.model import LatentConfig, attach_head, generate, load, save
@@ -264,7 +265,7 @@ def test_requests_of_a_wave_must_agree(server, mixed, second, match):
 
 
 def test_without_waves_a_batch_is_what_comes_within_a_moment(server, mixed, monkeypatch):
-    monkeypatch.setattr(rollout, "QUIET_S", 0.5)  # this machine may be busy
+    monkeypatch.setattr(rollout_server, "QUIET_S", 0.5)  # this machine may be busy
     sizes, decode = [], server._decode
     monkeypatch.setattr(server, "_decode", lambda batch, *args: sizes.append(len(batch)) or decode(batch, *args))
     params = [sampling(max_tokens=4)] * 5 + [sampling(max_tokens=4, temperature=0)]
@@ -281,7 +282,7 @@ def test_a_failure_in_decoding_reaches_every_request_of_the_batch(server, mixed,
         raise IndexError("no such row")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "generate", broken)
+        patch.setattr(rollout_server, "generate", broken)
         answers = ask_wave(server, mixed)
     assert all(isinstance(answer, RuntimeError) for answer in answers)
     assert {str(a) for a in answers} == {
@@ -335,7 +336,7 @@ def test_wrong_inputs(server, mixed):
 
 
 def test_sleep_and_abort_fail_what_waits(server, mixed, monkeypatch):
-    monkeypatch.setattr(rollout, "QUIET_S", 0.5)
+    monkeypatch.setattr(rollout_server, "QUIET_S", 0.5)
 
     async def during(control):
         params = [sampling(wave=wave(i, 5)) for i in range(2)] + [sampling()]

@@ -8,7 +8,7 @@
     groups: {low: 0.1, high: 0.9}
 
 Text is clipped, averaged and compared with the reference as verl's own keys say (`actor.clip_ratio_low`,
-`clip_ratio_high`, `clip_ratio_c`, `use_kl_loss`, `kl_loss_coef`, `kl_loss_type`, `loss_agg_mode`, `entropy_coeff`).
+`clip_ratio_high`, `clip_ratio_c`, `use_kl_loss`, `kl_loss_coef`). What latents do not go with, `check_host` refuses.
 """
 
 import difflib
