@@ -75,7 +75,7 @@ def test_readme_commands(repository, environment, demo):
             command = command.replace("outputs/demo/", f"{demo}/again-")  # those of the demo are there already
             command += " --test 16 --train 16" if "/again-world" in command else ""
         if command.startswith("scripts/sft.sh"):
-            command = command.replace("max_steps=520", "max_steps=2")
+            command = command.replace("max_steps=500", "max_steps=2")
             command += f" model={demo}/start output={demo}/by-hand data.records={demo}/world/sft.json"
             command += f" data.videos={demo}/world/videos"
         if command.startswith("python -m verl"):
