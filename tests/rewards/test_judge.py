@@ -17,16 +17,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from omegaconf import OmegaConf
 
+from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, MalformedReply, NoReply, _retry_after
 from future_l1_plugin.errors import ConfigError, DataError, UserError
 from future_l1_plugin.rewards.judge import (
     PROMPT,
-    JudgeClient,
     JudgeError,
     JudgeItem,
     JudgeSettings,
     JudgeUnavailable,
-    MalformedReply,
-    _retry_after,
     build_judge,
     judge_settings,
     read_verdict,
@@ -443,7 +441,9 @@ def test_lasting_faults_fail_as_the_setting_says(judge, server, tmp_path, fault,
     server.script.extend([FAULTS[fault]] * 2)
     cache = str(tmp_path / "cache.db")
     client = judge(max_retries=1, on_failure=on_failure, cache=cache)
-    with pytest.raises(JudgeError, match=r"sample s1: .*judge m at http://127.* after 2 requests: ") as raised:
+    with pytest.raises(
+        JudgeError, match=r"the judge gave no verdict: sample s1: .* m at http://127.* after 2 requests: "
+    ) as raised:
         ask(client)
     assert isinstance(raised.value, UserError) and raised.value.sample_id == "s1"
     assert isinstance(raised.value, JudgeUnavailable) is (on_failure == "drop_group")
@@ -491,7 +491,7 @@ def test_refusals_are_not_retried(judge, server, code, words):
     client = judge()
     with pytest.raises(JudgeError, match=words) as raised:
         ask(client)
-    for part in (server.url, "judge m ", "the server's words", f"HTTP {code}", "after 1 request:"):
+    for part in (server.url, " m at ", "the server's words", f"HTTP {code}", "after 1 request:"):
         assert part in str(raised.value)
     assert len(server.bodies) == 1 and client.stats()["retries"] == 0
     assert not isinstance(raised.value, JudgeUnavailable)
@@ -764,7 +764,7 @@ def test_processes_share_the_cache(judge, server, tmp_path):
 def test_a_broken_cache_names_the_file_and_the_fix(judge, server, tmp_path, content):
     cache = tmp_path / "cache.db"
     cache.write_bytes(content)
-    with pytest.raises(JudgeError, match=r"expected the judge's cache.*Move it away") as raised:
+    with pytest.raises(EndpointError, match=r"expected a cache of replies.*Move it away") as raised:
         judge(cache=str(cache), on_failure="drop_group")
     assert str(cache) in str(raised.value)
     assert cache.read_bytes() == content
@@ -780,12 +780,12 @@ def test_a_cache_that_breaks_on_the_way_stops_the_run(judge, server, tmp_path):
 
 
 def test_a_cache_that_cannot_be_opened(judge, server, tmp_path, monkeypatch):
-    with pytest.raises(JudgeError, match=r"cannot be used.*set `cache` to another path"):
+    with pytest.raises(EndpointError, match=r"cannot be used.*set `cache` to another path"):
         judge(cache=str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(JudgeError, match=r"the folder of .* cannot be made"):
+    with pytest.raises(EndpointError, match=r"the folder of .* cannot be made"):
         judge(cache=str(tmp_path / "file" / "cache.db"))
-    monkeypatch.setattr("future_l1_plugin.rewards.judge.CACHE_BUSY_S", 0.05)
+    monkeypatch.setattr("future_l1_plugin.endpoint.CACHE_BUSY_S", 0.05)
     cache = tmp_path / "cache.db"
     client = judge(cache=str(cache))
     holder = sqlite3.connect(cache, isolation_level=None)
@@ -806,8 +806,8 @@ def test_the_transport_serves_other_prompts_and_marks(server, tmp_path):
         return int(reply)
 
     server.script.extend([says("9"), says("4")])
-    client = JudgeClient(
-        JudgeSettings(base_url=server.url, model="m", backoff_s=0.01, cache=str(tmp_path / "cache.db"))
+    client = ChatClient(
+        EndpointSettings(base_url=server.url, model="m", backoff_s=0.01, cache=str(tmp_path / "cache.db"))
     )
     parts = [
         {"type": "text", "text": "Mark this."},
@@ -816,6 +816,22 @@ def test_the_transport_serves_other_prompts_and_marks(server, tmp_path):
     assert run(client.ask(parts, read_mark, "s1", reminder="A digit.")) == 4
     assert run(client.ask(parts, read_mark, "s1", reminder="A digit.")) == 4
     assert server.prompts == [parts, [*parts, {"type": "text", "text": "A digit."}]]
+
+
+def test_a_seed_is_sent_and_told_apart_in_the_cache(server, tmp_path):
+    server.script.extend([says("one"), says("two")])
+    client = ChatClient(EndpointSettings(base_url=server.url, model="m", cache=str(tmp_path / "cache.db")))
+    replies = [run(client.ask("Say.", str, "s1", seed=seed)) for seed in (1, 2, 1)]
+    assert replies == ["one", "two", "one"]
+    assert [body["seed"] for body in server.bodies] == [1, 2]
+
+
+def test_a_reply_that_was_cut_off_is_read_only_where_that_is_wanted(server):
+    server.script.extend([says("The ball rol", finish="length")] * 2)
+    client = ChatClient(EndpointSettings(base_url=server.url, model="m", backoff_s=0.01, max_retries=0))
+    assert run(client.ask("Say.", str, "s1", cut_off=True)) == "The ball rol"
+    with pytest.raises(NoReply, match="cut off by max_tokens"):
+        run(client.ask("Say.", str, "s1"))
 
 
 def test_importing_loads_neither_torch_nor_the_client():
