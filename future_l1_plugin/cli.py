@@ -119,6 +119,29 @@ def _world(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "part the records that can be trained on from the others; decodes every frame that is used"
+    check = actions.add_parser("check", help=text, description=text)
+    check.add_argument(
+        "data", nargs="+", metavar="DATA", help="file, folder or dataset of the hub, org/name[:split][@revision]"
+    )
+    check.add_argument("--videos", required=True, metavar="ROOT", help="folder that the videos of rows are relative to")
+    check.add_argument(
+        "--out", required=True, metavar="FOLDER", help="gets clean.jsonl, rejected.jsonl, summary.json; may be resumed"
+    )
+    check.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: one for each core)")
+    check.add_argument("--strict", action="store_true", help="exit code 1 if any row is rejected")
+
+
+def _data(args: argparse.Namespace) -> int:
+    from future_l1_plugin.data.check import check_data, show
+
+    outcome = check_data(args.data, args.videos, args.out, args.workers)
+    show(outcome)
+    return 1 if args.strict and outcome.summary["rejected"] else 0
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="latent checkpoint: folder or hub id")
     parser.add_argument("--question", required=True)
@@ -145,6 +168,33 @@ def _generate(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
+    return 0
+
+
+def _curate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, such as recipes/curate_micro.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as select.size=5000")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="do this share of the records (default: 1/1)")
+    parser.add_argument("--select", action="store_true", help="make no answers: select from those of all shards")
+
+
+def _curate(args: argparse.Namespace) -> int:
+    import re
+
+    from future_l1_plugin.config import load_recipe
+    from future_l1_plugin.data.curation import CurationRecipe, curate
+    from future_l1_plugin.errors import ConfigError
+    from future_l1_plugin.report.curation import plot_curation, print_curation
+
+    if not (shard := re.fullmatch(r"(\d+)/(\d+)", args.shard)):
+        raise ConfigError(f"--shard {args.shard}: expected I/N, such as 1/8")
+    recipe = load_recipe(args.recipe, CurationRecipe, args.overrides)
+    curated = curate(recipe, (int(shard[1]), int(shard[2])), args.select)
+    if curated is None:
+        print(f"shard {args.shard} is done. When all are: bring their *.jsonl together in {recipe.output}, --select")
+        return 0
+    plot_curation(curated, recipe.rollouts.n, recipe.output)
+    print_curation(curated, recipe.output)
     return 0
 
 
@@ -175,6 +225,8 @@ COMMANDS = (
     Command("convert", "make a latent checkpoint from a Qwen3-VL one", _convert_arguments, _convert),
     Command("generate", "ask a latent checkpoint about a video or pictures", _generate_arguments, _generate),
     Command("world", "draw the micro world: videos, questions, training records", _world_arguments, _world),
+    Command("curate", "choose the records whose future frames help a base model most", _curate_arguments, _curate),
+    Command("data", "check records and videos before training", _data_arguments, _data),
     Command("tiny", "write a latent Qwen3-VL of two million parameters", _tiny_arguments, _tiny),
     Command("report", "table and pictures of a demo run, or curves of RL runs", _report_arguments, _report),
 )

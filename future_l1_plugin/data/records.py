@@ -26,19 +26,36 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from future_l1_plugin.data.frames import POOL_SIZE
-from future_l1_plugin.errors import ConfigError, DataError, EnvironmentMismatch
+from future_l1_plugin.data.sources import (  # noqa: F401 (rl.py takes the readers from here)
+    Row,
+    _progress,
+    _read_json,
+    _read_jsonl,
+    _read_parquet,
+    data_files,
+    is_dataset,
+    read_rows,
+)
+from future_l1_plugin.errors import ConfigError, DataError
 
 IMAGE = "<image>"
+#: What a question may not spell, and what an answer or a thought may not. The latent tokens are those of `latent`,
+#: written out because that package loads torch; a test holds them equal.
+MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CONTROL_TOKENS = (
+    *MEDIA_TOKENS,
+    *("<|latent|>", "<|latent_start|>", "<|latent_end|>"),
+    *("<|im_start|>", "<|im_end|>"),
+)
 _PLACEHOLDER = re.compile(r"(<r?image>)")
 _THOUGHT = re.compile(r"THOUGHT\s*\d+\s*:\s*")
 _ANSWER = re.compile(r"<(answer|ans)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
-_LONG = 2_000  # rows; shorter files are read before a progress bar would be seen
 _SHOWN = 10  # bad records that an error message lists
 
 
@@ -57,11 +74,16 @@ class Frame:
 
 
 class BadRecordError(DataError):
-    """One record that cannot be used. `source`, `id` and `reason` are the parts of the message."""
+    """One record that cannot be used. `source`, `id` and `reason` are the parts of the message.
 
-    def __init__(self, source: str, id: str, reason: str):
+    `kind` sorts it for counting: "not_json", "record" (fields missing or of the wrong type), "turns" (not one human and
+    one gpt turn), "frames" (numbers outside the pool, or not as many as placeholders), "answer" (empty),
+    "duplicate_id".
+    """
+
+    def __init__(self, source: str, id: str, reason: str, kind: str = "record"):
         super().__init__(f"{source} (id {id}): {reason}")
-        self.source, self.id, self.reason = source, id, reason
+        self.source, self.id, self.reason, self.kind = source, id, reason, kind
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ class TwiffRecord:
     """One record.
 
     Attributes:
-        id: unique within its file.
+        id: unique over all files that are read together.
         video: path of the clip.
         question: text in which each `<image>` stands for the frame of `image` at that place.
         image: pool numbers 1..8 of the question's frames.
@@ -93,26 +115,34 @@ class TwiffRecord:
 
     @classmethod
     def from_dict(
-        cls, d: Mapping[str, Any], video_root: str | os.PathLike | None = None, source: str = "record"
+        cls,
+        d: Mapping[str, Any],
+        video_root: str | os.PathLike | None = None,
+        source: str = "record",
+        unnamed: str | None = None,
     ) -> TwiffRecord:
         """Read a row in any of the three spellings.
 
         Args:
             d: the row.
             video_root: folder that a relative `video` is joined to; None leaves the path as it is.
-            source: where the row stands ("file:line"), for messages; a row without an id is named after it.
+            source: where the row stands ("folder/file:line"), for messages.
+            unnamed: id of a row without one; None: the last part of `source`, "file:line".
 
         Raises:
             BadRecordError (a DataError): naming source, id, what is wrong and what to do.
         """
         if not isinstance(d, Mapping):
-            raise BadRecordError(source, "-", f"a record is an object with named fields, found {type(d).__name__}")
+            found = type(d).__name__
+            raise BadRecordError(
+                source, "-", f"a record is an object with named fields, found {found}. Write it again."
+            )
         # Parquet files hold every column in every row, so None means absent.
         row = {key: value for key, value in d.items() if value is not None}
-        id = str(row.pop("id", "")) or Path(source).name
+        id = str(row.pop("id", "")) or unnamed or Path(source).name
 
-        def bad(reason: str) -> BadRecordError:
-            return BadRecordError(source, id, reason)
+        def bad(reason: str, kind: str = "record") -> BadRecordError:
+            return BadRecordError(source, id, reason, kind)
 
         video = row.pop("video", None)
         if not isinstance(video, str) or not video.strip():
@@ -126,9 +156,9 @@ class TwiffRecord:
         else:
             question, response = row.pop("question", None), row.pop("answer", None)
             if not isinstance(question, str):
-                raise bad("no human turn: neither `conversations` nor `question` is there. Add one of them.")
+                raise bad("no human turn: neither `conversations` nor `question` is there. Add one of them.", "turns")
             if not isinstance(response, str):
-                raise bad("no gpt turn: neither `conversations` nor `answer` is there. Add one of them.")
+                raise bad("no gpt turn: neither `conversations` nor `answer` is there. Add one of them.", "turns")
             answer = None
 
         image = _numbers(row, ("image", "frames", "question_images_index"), bad)
@@ -180,23 +210,27 @@ def _turns(conversations: Any, bad) -> tuple[str, str]:
     if isinstance(conversations, Mapping):
         roles, values = conversations.get("from") or [], conversations.get("value") or []
         if len(roles) != len(values):
-            raise bad(f"`conversations` holds {len(roles)} roles and {len(values)} texts. Write the row again.")
+            raise bad(
+                f"`conversations` holds {len(roles)} roles and {len(values)} texts. Write the row again.", "turns"
+            )
         conversations = [{"from": role, "value": value} for role, value in zip(roles, values, strict=True)]
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        raise bad(f"`conversations` is {type(conversations).__name__}, expected a list of {{from, value}}.")
+        raise bad(f"`conversations` is {type(conversations).__name__}, expected a list of {{from, value}}.", "turns")
     texts: dict[str, list[str]] = {"human": [], "gpt": [], "system": []}
     for turn in conversations:
         role = turn.get("from") if isinstance(turn, Mapping) else None
         if role not in texts:
-            raise bad(f"a turn of `conversations` comes from {role!r}, expected human or gpt. Correct `from`.")
+            raise bad(f"a turn of `conversations` comes from {role!r}, expected human or gpt. Correct `from`.", "turns")
         if not isinstance(turn.get("value"), str):
-            raise bad(f"the {role} turn has no text in `value`. Add it.")
+            raise bad(f"the {role} turn has no text in `value`. Add it.", "turns")
         texts[role].append(turn["value"])
     for role in ("human", "gpt"):
         if not texts[role]:
-            raise bad(f"no {role} turn in `conversations`. Add one, or drop the record.")
+            raise bad(f"no {role} turn in `conversations`. Add one, or drop the record.", "turns")
         if len(texts[role]) > 1:
-            raise bad(f"{len(texts[role])} {role} turns, expected one. Split the record into one per question.")
+            raise bad(
+                f"{len(texts[role])} {role} turns, expected one. Split the record into one per question.", "turns"
+            )
     return texts["human"][0], texts["gpt"][0]
 
 
@@ -204,17 +238,18 @@ def _numbers(row: dict[str, Any], names: tuple[str, ...], bad) -> list[int]:
     """Take the one of `names` that is there out of the row and check it."""
     present = [name for name in names if name in row]
     if len(present) > 1:
-        raise bad(f"both `{present[0]}` and `{present[1]}` are there and mean the same. Keep one.")
+        raise bad(f"both `{present[0]}` and `{present[1]}` are there and mean the same. Keep one.", "frames")
     if not present:
         return []
     value = row.pop(present[0])
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise bad(f"`{present[0]}` is {value!r}, expected a list of frame numbers 1..{POOL_SIZE}.")
+        raise bad(f"`{present[0]}` is {value!r}, expected a list of frame numbers 1..{POOL_SIZE}.", "frames")
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= POOL_SIZE:
             raise bad(
                 f"`{present[0]}` holds {number!r}; frame numbers are whole and within 1..{POOL_SIZE} (they count the "
-                "frames of the pool, not of the video). Correct it."
+                "frames of the pool, not of the video). Correct it.",
+                "frames",
             )
     return list(value)
 
@@ -228,7 +263,8 @@ def _place_images(question: str, image: list[int], bad) -> str:
     if found != len(image):
         raise bad(
             f"the question has {found} `{IMAGE}` and `image` has {len(image)} frames. Make them equal, or remove every "
-            f"`{IMAGE}` from the question to put the frames in front."
+            f"`{IMAGE}` from the question to put the frames in front.",
+            "frames",
         )
     return question
 
@@ -239,7 +275,8 @@ def _parse_reasoning(response: str, future: list[int], bad) -> tuple[Text | Fram
     if found != len(future):
         raise bad(
             f"the response has {found} image placeholders and `reasoning_image` has {len(future)} frames. Make them "
-            "equal: one placeholder for each future frame."
+            "equal: one placeholder for each future frame.",
+            "frames",
         )
     parts: list[Text | Frame] = []
     frames = iter(future)
@@ -253,12 +290,38 @@ def _parse_reasoning(response: str, future: list[int], bad) -> tuple[Text | Fram
 
 def _final_answer(answer: Any, response: str, bad) -> str:
     if answer is not None and not isinstance(answer, str):
-        raise bad(f"`answer` is {answer!r}, expected text. Put it in quotes.")
+        raise bad(f"`answer` is {answer!r}, expected text. Put it in quotes.", "answer")
     blocks = _ANSWER.findall(answer or response)
     text = blocks[-1][1] if blocks else (answer or "")
     if not text.strip():
-        raise bad("the answer is empty. Fill `answer`, or close an <answer> (or <ans>) block in the response.")
+        raise bad(
+            "the answer is empty. Fill `answer`, or close an <answer> (or <ans>) block in the response.", "answer"
+        )
     return text.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words that the model reads as control tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_fault(what: str, text: str, reserved: Sequence[str]) -> str | None:
+    """Says that `text` (named `what`) spells one of the `reserved` tokens; None if it does not."""
+    if found := [token for token in reserved if token in text]:
+        return f"{what} spells {found[0]}, which the model reads as a control token. Take it out of the text."
+    return None
+
+
+def text_fault(record: TwiffRecord) -> str | None:
+    """What is wrong with the record's words for the model: tokens that would be taken for media, spans or turns.
+
+    A question may spell the latent markers and turn headers (spans and labels are looked for behind the prompt), but
+    not the media tokens, each of which the processor takes for a picture.
+    """
+    parts = [("the question", record.question, MEDIA_TOKENS), ("the answer", record.answer, CONTROL_TOKENS)]
+    parts += [("a thought", part.text, CONTROL_TOKENS) for part in record.reasoning if isinstance(part, Text)]
+    faults = (token_fault(*part) for part in parts)
+    return next((fault for fault in faults if fault), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +340,7 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Records(Sequence):
-    """The good records of a file, in its order, and what was left out."""
+    """The good records of the files that were read, in their order, and what was left out."""
 
     items: list[TwiffRecord]
     bad: list[BadRecord] = field(default_factory=list)
@@ -289,129 +352,72 @@ class Records(Sequence):
         return self.items[index]
 
 
+class RecordReader:
+    """Turns rows into records, and remembers ids over all of them."""
+
+    def __init__(self, video_root: str | os.PathLike) -> None:
+        self._root = video_root
+        self._taken: dict[str, str] = {}  # id -> where it stands
+
+    def read(self, row: Row) -> TwiffRecord:
+        """One row. Raises BadRecordError; the second of two rows with one id is bad."""
+        if isinstance(row.value, json.JSONDecodeError):
+            found = f"{row.value.msg}, column {row.value.colno}"
+            raise BadRecordError(row.source, "-", f"not JSON ({found}). Write the line again.", "not_json")
+        record = TwiffRecord.from_dict(row.value, self._root, row.source, row.unnamed)
+        if record.id in self._taken:
+            reason = f"the id is taken by {self._taken[record.id]}. Ids must differ."
+            raise BadRecordError(row.source, record.id, reason, "duplicate_id")
+        self._taken[record.id] = row.source
+        return record
+
+
 def load_records(
-    path: str | os.PathLike,
+    data: str | os.PathLike,
     video_root: str | os.PathLike | None = None,
     on_bad: Literal["raise", "skip"] = "raise",
 ) -> Records:
-    """Read a file of records: .json (a list, or {"data": list}), .jsonl or .parquet.
+    """Read records from a file, a folder or a dataset of the hub.
 
     Args:
-        path: the file.
-        video_root: folder of the clips; None means the folder of `path`.
+        data: .json (a list, or {"data": list}), .jsonl or .parquet; a folder of such files; or `org/name`, with
+            `:split` and `@revision` behind it if need be (`sources.data_files`).
+        video_root: folder of the clips; None means the folder `data`, or the folder that the file lies in. A dataset of
+            the hub needs one: clips are never downloaded.
         on_bad: "raise" reads to the end and then raises one error that counts all bad records and lists the first ten;
             "skip" leaves them out and lists them in `.bad`.
 
     A row without an id is named "file.jsonl:line" (row number, from 1, in .json and .parquet). The second of two rows
-    with one id is bad.
+    with one id is bad, in whichever file it stands.
 
     Raises:
-        DataError: no such file, a file that cannot be parsed as a whole, no good record in it, or bad records.
-        ConfigError: another value of `on_bad`.
+        DataError: no such file, folder or dataset, a file that cannot be parsed as a whole, no good record, or bad
+            records.
+        ConfigError: another value of `on_bad`, or no `video_root` for a dataset of the hub.
         EnvironmentMismatch: a .parquet file, and pyarrow is not installed.
     """
     if on_bad not in ("raise", "skip"):
         raise ConfigError(f"on_bad: {on_bad!r}, expected raise or skip")
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of records. Check the path.")
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(
-            f"{path}: cannot tell its format, expected a name that ends in {', '.join(readers)}. Rename it."
-        )
-    root = path.parent if video_root is None else video_root
+    if video_root is None and is_dataset(data):
+        raise ConfigError(f"{data}: a dataset of the hub comes without clips. Name their folder as the video root.")
+    files = data_files(data)
+    path = Path(data)
+    root = video_root if video_root is not None else path if path.is_dir() else path.parent
 
     good: list[TwiffRecord] = []
     bad: list[BadRecord] = []
-    seen: dict[str, str] = {}
-    count = 0
-    for number, row in _progress(readers[path.suffix.lower()](path), f"reading {path.name}"):
-        count += 1
-        source = f"{path}:{number}"
+    reader = RecordReader(root)
+    for row in read_rows(files):
         try:
-            if isinstance(row, json.JSONDecodeError):
-                raise BadRecordError(source, "-", f"not JSON ({row.msg}, column {row.colno}). Write the line again.")
-            record = TwiffRecord.from_dict(row, root, source)
-            if record.id in seen:
-                raise BadRecordError(source, record.id, f"the id is taken by {seen[record.id]}. Ids must differ.")
+            good.append(reader.read(row))
         except BadRecordError as error:
             bad.append(BadRecord(error.source, error.id, error.reason))
-            continue
-        seen[record.id] = source
-        good.append(record)
 
     if bad and (on_bad == "raise" or not good):
         shown = "".join(f"\n  {item.source} (id {item.id}): {item.reason}" for item in bad[:_SHOWN])
         more = f"\n  and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
         way_on = "" if not good else f" Mend them, or go on with the other {len(good):,} by `on_bad: skip`."
-        raise DataError(f"{path}: {len(bad):,} of {count:,} records are bad.{way_on}{shown}{more}")
+        raise DataError(f"{data}: {len(bad):,} of {len(good) + len(bad):,} records are bad.{way_on}{shown}{more}")
     if not good:
-        raise DataError(f"{path}: holds no record. Check that it is the file that was meant.")
+        raise DataError(f"{data}: holds no record. Check that it is what was meant.")
     return Records(good, bad)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, row); a line that is no JSON comes as its error, so that the others can still be read."""
-    # Bytes, because one wrong character must spoil its line and not the file.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except json.JSONDecodeError as error:
-                yield number, error
-            except UnicodeDecodeError as error:
-                yield number, json.JSONDecodeError("not UTF-8", "", error.start)
-
-
-def _read_json(path: Path) -> list[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-        raise DataError(f"{path}: not a JSON file ({error}). Download or write it again.") from error
-    if isinstance(rows, Mapping) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: holds {type(rows).__name__}, expected a list of records (one a line: name it .jsonl)."
-        )
-    return list(enumerate(rows, start=1))
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise EnvironmentMismatch(f"{path}: reading parquet needs pyarrow. Mend: pip install pyarrow") from error
-    try:
-        file = pq.ParquetFile(path)
-        # TwiFF-2.7M embeds the frames as JPEG beside their numbers: most of its bytes, and we read the clip instead.
-        columns = [name for name in file.schema_arrow.names if name not in ("question_images", "reasoning_images")]
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error}). Download or write it again.") from error
-
-
-def _progress(rows: Iterable, label: str) -> Iterator:
-    """`rows`, with a bar on a terminal once there are many of them."""
-    bar = None
-    total = len(rows) if isinstance(rows, Sequence) else None
-    try:
-        for done, row in enumerate(rows, start=1):
-            if done == _LONG + 1:
-                from tqdm import tqdm
-
-                bar = tqdm(desc=label, total=total, initial=_LONG, unit="record", leave=False, disable=None)
-            yield row
-            if bar is not None:
-                bar.update()
-    finally:
-        if bar is not None:
-            bar.close()

@@ -307,20 +307,9 @@ class _Reader:
                 "the question shows no frame (`image` is empty). Name frames of the pool, 1..8; a question about the "
                 "whole clip belongs in a FutureBench file, one without pictures in a plain one."
             )
-        question = question_text(record.question, self._question_media)
-        options = listed_options(question)
-        _check_choice(record.answer, options, bad)
-        return RlPrompt(
-            id=record.id,
-            question=question,
-            media=self._question_media,
-            video=record.video,
-            pool=tuple(record.image),
-            ground_truth=record.answer,
-            options=options,
-            kind="choice" if options else "text",
-            source="twiff",
-        )
+        prompt = twiff_prompt(record, self._question_media)
+        _check_choice(record.answer, prompt.options, bad)
+        return prompt
 
     def _futurebench(self, row: dict[str, Any], id: str, root: Path, bad: Callable[[str], BadRecordError]) -> RlPrompt:
         if missing := [key for key in ("id", "video_path", "question_type", "qa") if row.get(key) in (None, "")]:
@@ -366,6 +355,33 @@ class _Reader:
             if file is not None and self._faults[file]:
                 return self._faults[file]
         return None
+
+
+def twiff_prompt(record: TwiffRecord, question_media: Literal["images", "video"], future: bool = False) -> RlPrompt:
+    """A record's question, with the frames that it shows.
+
+    Args:
+        record: its answer is the ground truth; its reasoning is not used, but for
+        future: True shows the frames of the reasoning as well, behind those of the question (curation by visual gain).
+    """
+    text = record.question
+    if future and question_media == "images":
+        *before, last = text.split(IMAGE)
+        shown = "".join(f"\nframe_{number}\n{IMAGE}" for number in record.reasoning_image)
+        text = f"{IMAGE.join(before)}{IMAGE}{shown}{last}" if before else shown.lstrip("\n") + "\n" + text
+    question = question_text(text, question_media)
+    options = listed_options(question)
+    return RlPrompt(
+        id=record.id,
+        question=question,
+        media=question_media,
+        video=record.video,
+        pool=(*record.image, *(record.reasoning_image if future else ())),
+        ground_truth=record.answer,
+        options=options,
+        kind="choice" if options else "text",
+        source="twiff",
+    )
 
 
 def _check_picture(path: str) -> None:

@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from future_l1_plugin.data.frames import FrameCache, VideoFrames, check_file, pool_indices
-from future_l1_plugin.data.records import BadRecord, Frame, Records, Text, TwiffRecord
+from future_l1_plugin.data.records import (  # noqa: F401 (rl.py takes the tokens from here)
+    CONTROL_TOKENS,
+    MEDIA_TOKENS,
+    BadRecord,
+    Frame,
+    Records,
+    TwiffRecord,
+    text_fault,
+    token_fault,
+)
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.latent.tokens import END, LATENT, START
 from future_l1_plugin.model.config import LatentConfig
@@ -30,28 +39,6 @@ from future_l1_plugin.model.template import ASSISTANT_HEADER, IMAGE
 _QUESTION_FRAME = re.compile(r"(?:frame_\d+\s*)?<image>\n?")
 IGNORED = -100  # label of positions without cross-entropy
 _TURN = "<|im_start|>"
-#: What a question may not spell, and what an answer or a thought may not.
-MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-CONTROL_TOKENS = (*MEDIA_TOKENS, LATENT, START, END, _TURN, "<|im_end|>")
-
-
-def token_fault(what: str, text: str, reserved: Sequence[str]) -> str | None:
-    """Says that `text` (named `what`) spells one of the `reserved` tokens; None if it does not."""
-    if found := [token for token in reserved if token in text]:
-        return f"{what} spells {found[0]}, which the model reads as a control token. Take it out of the text."
-    return None
-
-
-def _text_fault(record: TwiffRecord) -> str | None:
-    """What is wrong with the record's words for the model: tokens that would be taken for media, spans or turns.
-
-    A question may spell the latent markers and turn headers (spans and labels are looked for behind the prompt), but
-    not the media tokens, each of which the processor takes for a picture.
-    """
-    parts = [("the question", record.question, MEDIA_TOKENS), ("the answer", record.answer, CONTROL_TOKENS)]
-    parts += [("a thought", part.text, CONTROL_TOKENS) for part in record.reasoning if isinstance(part, Text)]
-    faults = (token_fault(*part) for part in parts)
-    return next((fault for fault in faults if fault), None)
 
 
 def check_records(records: Records, on_bad: str = "raise") -> Records:
@@ -75,7 +62,7 @@ def check_records(records: Records, on_bad: str = "raise") -> Records:
                 faults[record.video] = None
             except DataError as error:
                 faults[record.video] = str(error)
-        reason = faults[record.video] or _text_fault(record)
+        reason = faults[record.video] or text_fault(record)
         if reason:
             bad.append(BadRecord("record", record.id, reason))
         else:
@@ -246,7 +233,7 @@ class SftCollator:
     def _text(self, sample: SftSample, lengths: Any) -> tuple[str, int]:
         """The conversation, and which `<|im_start|>` in it opens the response (a question may spell some, too)."""
         record = sample.record
-        if fault := _text_fault(record):
+        if fault := text_fault(record):
             raise DataError(f"record {record.id}: {fault}")
         question = question_text(record.question, self.question_media)
         user = {"role": "user", "content": user_content(question, self.question_media, len(record.image))}

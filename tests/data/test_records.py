@@ -7,7 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from future_l1_plugin.data.records import BadRecord, Frame, Text, TwiffRecord, load_records
+from future_l1_plugin.data.records import (
+    CONTROL_TOKENS,
+    BadRecord,
+    BadRecordError,
+    Frame,
+    Text,
+    TwiffRecord,
+    load_records,
+    text_fault,
+)
 from future_l1_plugin.errors import ConfigError, DataError
 
 
@@ -122,7 +131,8 @@ def test_video_root():
 
 def test_an_absent_id_is_the_place():
     assert TwiffRecord.from_dict(row(id=None), source="some/rows.jsonl:7").id == "rows.jsonl:7"
-    assert TwiffRecord.from_dict(row(id=0)).id == "0"
+    assert TwiffRecord.from_dict(row(id=None), source="some/rows.jsonl:7", unnamed="some/7").id == "some/7"
+    assert TwiffRecord.from_dict(row(id=0), unnamed="some/7").id == "0"
 
 
 def test_parquet_nulls_are_absent_fields():
@@ -213,6 +223,43 @@ def test_bad_records_name_source_id_and_fix(bad, says):
 def test_a_row_that_is_no_object():
     with pytest.raises(DataError, match="found list"):
         TwiffRecord.from_dict([1, 2], source="rows.json:1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    {
+        "turns": ["no human turn", "nothing to read", "raw without answer", "two questions", "uneven columns"],
+        "frames": ["frame 0", "one frame for a list", "frames twice", "place without future frame"],
+        "answer": ["blank answer", "answer as number"],
+        "record": ["no video", "empty question"],
+    }.items(),
+)
+def test_faults_are_sorted(kind, names):
+    for name in names:
+        with pytest.raises(BadRecordError) as error:
+            TwiffRecord.from_dict(BAD[name][0])
+        assert error.value.kind == kind, name
+
+
+def test_the_latent_tokens_are_control_tokens():
+    from future_l1_plugin.latent.tokens import TOKENS
+
+    assert [token for token in CONTROL_TOKENS if "latent" in token] == list(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"answer": "B <|latent|>"}, "the answer spells <|latent|>"),
+        ({"reasoning": (Text("<|im_end|>"),)}, "a thought spells <|im_end|>"),
+        ({"question": "<|image_pad|>?"}, "the question spells <|image_pad|>"),
+        ({"question": "What is <|latent|>?"}, None),  # looked for in the response only
+    ],
+)
+def test_words_that_are_control_tokens(changes, fault):
+    found = text_fault(dataclasses.replace(EXPECTED, **changes))
+    assert found is None if fault is None else found.startswith(fault)
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -322,6 +369,31 @@ def test_files_that_cannot_be_read(tmp_path, name, content, says):
     with pytest.raises(DataError, match=says) as error:
         load_records(tmp_path / name, on_bad="skip")
     assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_a_folder_reads_as_its_files_with_ids_over_all_of_them(tmp_path):
+    (tmp_path / "b").mkdir()
+    write_rows(tmp_path / "b" / "rows.json", [row(id="clip-3"), row(id=None)])
+    write_rows(tmp_path / "rows.json", [row(id="clip-4"), row(id=None)])
+    write_rows(tmp_path / "a.jsonl", [row(), row(id="clip-2")])
+    records = load_records(tmp_path)
+    ids = ["clip-1", "clip-2", "clip-3", "b/rows.json:2", "clip-4", f"{tmp_path.name}/rows.json:2"]
+    assert [record.id for record in records] == ids
+    assert {record.video for record in records} == {str(tmp_path / "test/clip.mp4")}
+    assert load_records(tmp_path, video_root="videos")[2].video == "videos/test/clip.mp4"
+    write_rows(tmp_path / "c.parquet", [row(id="clip-2")])
+    with pytest.raises(DataError, match=f"1 of 7 records(.|\n)*the id is taken by {tmp_path / 'a.jsonl'}:2"):
+        load_records(tmp_path)
+
+
+def test_a_dataset_of_the_hub_needs_a_video_root(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    with pytest.raises(ConfigError, match="org/name:train: a dataset of the hub comes without clips"):
+        load_records("org/name:train")
+    write_rows(tmp_path / "train.jsonl", [row()])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert load_records("org/name:train", video_root="videos")[0].video == "videos/test/clip.mp4"
 
 
 def test_missing_file_and_unknown_policy(tmp_path):

@@ -23,9 +23,9 @@ from PIL import Image
 from future_l1_plugin.data.prompts import ANSWER_IN_TAGS
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch
 from future_l1_plugin.integrations.lmms_eval import Metric, read_results
-from future_l1_plugin.integrations.lmms_eval.responses import ResponseLog, checkpoint_mark
 from future_l1_plugin.integrations.lmms_eval.results import read_samples
 from future_l1_plugin.integrations.lmms_eval.settings import Generation
+from future_l1_plugin.journal import checkpoint_mark
 from future_l1_plugin.paths import lmms_tasks_dir
 from future_l1_plugin.rewards import option_letter
 
@@ -741,26 +741,3 @@ def test_what_it_does_not_do_is_said(checkpoint, tmp_path, mixed_docs):
     part = {"url": mixed_docs[0][0]["url"], "video_start": 0}
     with pytest.raises(ConfigError, match="takes a video as the path of its file, found dict"):
         model.generate_until(requests_for(model, [[{"type": "video", "url": part}]]))
-
-
-# ---- the response log -----------------------------------------------------------------------------------------------
-
-
-def test_response_log_survives_a_cut_line(tmp_path):
-    file = tmp_path / "log.jsonl"
-    log = ResponseLog(file)
-    log.append([{"key": "a", "text": "ä\n"}, {"key": "b", "text": "2"}])
-    file.write_bytes(file.read_bytes()[:-5])
-    again = ResponseLog(file)
-    assert list(again.read()) == ["a"]
-    again.append([{"key": "c", "text": "3"}])
-    again.append([{"key": "d", "text": "4"}])
-    assert {key: row["text"] for key, row in again.read().items()} == {"a": "ä\n", "c": "3", "d": "4"}
-
-
-def test_response_log_of_several_ranks(tmp_path):
-    file = tmp_path / "log.jsonl"
-    for rank in (0, 1, 10):
-        ResponseLog(file, rank).append([{"key": str(rank)}])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "log.rank1.jsonl", "log.rank10.jsonl"]
-    assert set(ResponseLog(file, 0).read()) == set(ResponseLog(file, 1).read()) == {"0", "1", "10"}

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
-from future_l1_plugin.integrations.lmms_eval.responses import ResponseLog, checkpoint_mark, key_of
 from future_l1_plugin.integrations.lmms_eval.settings import Generation, flag, json_object, one_of, positive, whole
+from future_l1_plugin.journal import Journal, checkpoint_mark, key_of
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, chat_template, generate, load
 from future_l1_plugin.model.batch import left_padded
@@ -149,7 +149,7 @@ class FutureL1(lmms):
         }
         path = Path(self.pretrained).resolve() if Path(self.pretrained).exists() else Path(self.pretrained)
         default = Path("outputs/lmms_eval") / f"{path.name}-{key_of(str(path))[:8]}.jsonl"
-        self._log = ResponseLog(responses or default, self._rank)
+        self._log = Journal(responses or default, self._rank)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "FutureL1":

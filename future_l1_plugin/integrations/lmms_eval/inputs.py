@@ -11,7 +11,7 @@ from PIL import Image
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.sft import processor_media, read_picture
 from future_l1_plugin.errors import ConfigError, DataError
-from future_l1_plugin.integrations.lmms_eval.responses import file_mark
+from future_l1_plugin.journal import file_mark
 
 
 @dataclass(frozen=True)

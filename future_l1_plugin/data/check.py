@@ -1,0 +1,492 @@
+"""Check every record before anything is trained on it: `future-l1 data check DATA --videos ROOT --out FOLDER`.
+
+A record is clean if its row parses (`records.py`), its id is its own, its words spell no control token, its video is
+there and every frame that it uses, of the question and of the reasoning, comes out of the decoder. FOLDER receives
+
+    clean.jsonl      the clean records as Future-L1-50K rows, videos relative to ROOT, in the order of the sources
+    rejected.jsonl   the others, one line each: source, id, fault (a key of `FAULTS`), reason, and the row as it came
+    summary.json     counts, and the decoder; written last, so its presence says that the other two belong together
+    verdicts.jsonl   the journal of decoded rows, by which a killed run goes on where it was
+
+The first three depend on the rows, the videos and the decoder alone: neither on the number of workers nor on the order
+in which they finish, nor on how often the run was killed.
+
+What the row alone shows is found anew in each run. What a video shows is found once: its verdict goes to the journal
+under a key of the row's content, the video's path, size and time of change, and the decoder's version, so that only
+what changed is decoded again. Rows of one video are checked together. XX
+600 bytes a row; .json files, which cannot be read in part, are the exception.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from future_l1_plugin.data.frames import Backend, read_frames
+from future_l1_plugin.data.records import BadRecordError, RecordReader, text_fault
+from future_l1_plugin.data.sources import Row, data_files, read_rows
+from future_l1_plugin.errors import ConfigError, DataError, EnvironmentMismatch
+from future_l1_plugin.journal import Journal, atomic_write, file_mark, json_line, key_of
+
+#: Kinds of fault, in the order of the checks; a rejected row has the first that was found.
+FAULTS = {
+    "not_json": "the line is no JSON",
+    "record": "fields are missing, of the wrong type, or cannot be written as JSON",
+    "turns": "not one human and one gpt turn",
+    "frames": "frame numbers outside the pool, or not as many as placeholders",
+    "answer": "the answer is empty",
+    "duplicate_id": "an earlier row has the id",
+    "control_token": "words spell a control token of the model",
+    "video_missing": "no such video",
+    "video_damaged": "the video is cut off, or a frame does not come out",
+    "video_unreadable": "the video could not be read this time; tried again in the next run",
+    "decoder_crash": "the decoder's process died",
+}
+#: Part of every key. Raise it when rows that were clean may be faulty by new rules, or the other way round.
+_VERSION = 1
+_CHUNK = 8  # videos that a worker is handed at once, and loses at most when it is killed
+_AHEAD = 2  # chunks a worker: the next one waits while it works on one
+_MEND = "Download or write the file again, or drop its records."
+
+
+class Fault(NamedTuple):
+    """Why a row is rejected: a key of `FAULTS`, and a sentence that says what to do."""
+
+    kind: str
+    reason: str
+
+
+Frames = tuple[int, ...]  # pool numbers, sorted, each once
+Faults = dict[str, Fault | None]  # by the content of the row (its hash); None: clean
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is wanted of a video: its path, its `file_mark`, and the frames by the content of the row that uses them."""
+
+    video: str
+    mark: list[Any]
+    wanted: dict[str, Frames]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `check_data` wrote: the folder, and the content of its summary.json."""
+
+    out: Path
+    summary: dict[str, Any]
+
+
+def check_data(
+    data: Sequence[str | os.PathLike],
+    videos: str | os.PathLike,
+    out: str | os.PathLike,
+    workers: int | None = None,
+) -> Outcome:
+    """Check records and write clean.jsonl, rejected.jsonl and summary.json; see above.
+
+    Args:
+        data: files, folders or datasets of the hub (`sources.data_files`).
+        videos: the folder that the rows' videos are relative to.
+        out: the folder to write to. Verdicts of an earlier run into it are taken over.
+        workers: processes that decode; None: one for each core.
+
+    Raises:
+        ConfigError: an argument that cannot be, or `out` and `data` within one another.
+        DataError: no such data, a file that cannot be parsed as a whole or changes meanwhile, a full disk.
+        EnvironmentMismatch: no video decoder, or worker processes do not start.
+    """
+    workers = _cores() if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"workers: expected 1 or more, found {workers}")
+    if not os.path.isdir(videos):
+        raise ConfigError(f"videos: expected the folder of the clips, found no folder {videos}")
+    out, root = Path(out), os.path.abspath(videos)
+    decoder = _decoder()
+    files = _files(data, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be made a folder ({error.strerror}). Choose another.") from error
+    marks = [file_mark(file) for file in files]
+    plan = _plan(files, root)
+    faults = _decode(plan, decoder, Journal(out / "verdicts.jsonl"), workers)
+    return Outcome(out, _write(files, marks, root, out, faults, decoder))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _decoder() -> dict[str, str]:
+    """The backend that `read_frames` takes by itself, and its versions."""
+    try:
+        import av
+    except ImportError:
+        try:
+            import decord
+        except ImportError as error:
+            raise EnvironmentMismatch("no video decoder is installed. Mend: pip install av") from error
+        return {"backend": "decord", "decord": decord.__version__}
+    return {
+        "backend": "pyav",
+        "av": av.__version__,
+        "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
+    }
+
+
+def _files(data: Sequence[str | os.PathLike], out: Path) -> list[Path]:
+    """The files of all `data`, none of them twice, and none that this check writes."""
+    files: list[Path] = []
+    for name in data:
+        if Path(name).is_dir() and out.resolve().is_relative_to(Path(name).resolve()):
+            raise ConfigError(f"out: {out} lies in {name}, and would be read as data. Choose a folder elsewhere.")
+        files += data_files(name)
+    found: set[Path] = set()
+    for file in map(Path.resolve, files):
+        if file in found:
+            raise ConfigError(f"{file}: named twice. Name each file once, and no folder besides its own files.")
+        if file.is_relative_to(out.resolve()):
+            raise ConfigError(f"out: {file} lies in {out}, and could be overwritten. Choose a folder elsewhere.")
+        found.add(file)
+    return files
+
+
+# ---- what a row shows by itself -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A row that is fine as far as it can be told without its video.
+
+    content: hash of the row as it came; line: the row for clean.jsonl.
+    """
+
+    id: str
+    video: str
+    frames: Frames
+    content: str
+    line: bytes
+
+
+def _examine(row: Row, reader: RecordReader, root: str) -> _Examined:
+    """Raises BadRecordError."""
+    record = reader.read(row)
+
+    def bad(kind: str, reason: str) -> BadRecordError:
+        return BadRecordError(row.source, record.id, reason, kind)
+
+    frames = tuple(sorted({*record.image, *record.reasoning_image}))
+    if not frames:
+        raise bad("frames", "no frame is used, neither in the question nor in the reasoning. Name some, or drop it.")
+    if reason := text_fault(record):
+        raise bad("control_token", reason)
+    try:
+        clean = record.to_dict(root)
+    except DataError as error:
+        raise bad("record", str(error)) from error
+    try:
+        line = (json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        content = key_of(row.value)
+    except (TypeError, ValueError) as error:  # bytes or dates of parquet; infinities and NaN; half a character
+        raise bad("record", f"cannot be written as JSON ({error}). Take the field out, or write it as text.") from error
+    return _Examined(record.id, record.video, frames, content, line)
+
+
+def _plan(files: Sequence[Path], root: str) -> dict[str, list[tuple[str, Frames]]]:
+    """The rows whose video has to be looked at, by video: content and frames of each."""
+    plan: dict[str, list[tuple[str, Frames]]] = {}
+    same: dict[Frames, Frames] = {}  # few sets of frames serve many rows
+    reader = RecordReader(root)
+    for row in read_rows(files):
+        try:
+            good = _examine(row, reader, root)
+        except BadRecordError:
+            continue  # met again, and written down, by _write
+        plan.setdefault(good.video, []).append((good.content, same.setdefault(good.frames, good.frames)))
+    return plan
+
+
+# ---- what its video shows -------------------------------------------------------------------------------------------
+
+
+def _decode(
+    plan: dict[str, list[tuple[str, Frames]]], decoder: dict[str, str], journal: Journal, workers: int
+) -> Faults:
+    """The verdict on every row of the plan, from the journal or, with an entry in it at once, from the decoder."""
+    known = {row["key"]: Fault(row["fault"], row["reason"]) if row["fault"] else None for row in journal}
+    faults: Faults = {}
+
+    def pending() -> Iterator[Clip]:
+        for video, rows in plan.items():
+            mark, wanted = file_mark(video), {}
+            for content, frames in rows:
+                if (key := _key(decoder, mark, content)) in known:
+                    faults[content] = known[key]
+                else:
+                    wanted[content] = frames
+            if wanted:
+                yield Clip(video, mark, wanted)
+
+    chunk = max(1, min(_CHUNK, len(plan) // (4 * workers)))
+    rows = sum(map(len, plan.values()))
+    with (
+        tqdm(total=rows, desc="checking", unit="row", disable=None) as bar,
+        contextlib.closing(_verdicts(pending(), decoder["backend"], workers, chunk)) as verdicts,
+    ):
+        for batch in verdicts:
+            journal.append(
+                {"key": _key(decoder, clip.mark, content), "video": clip.video, **_fields(fault)}
+                for clip, found in batch
+                for content, fault in found.items()
+                if fault is None or fault.kind != "video_unreadable"
+            )
+            for _, found in batch:
+                faults |= found
+            bar.update(len(faults) - bar.n)
+        bar.update(rows - bar.n)
+    return faults
+
+
+def _key(decoder: dict[str, str], mark: list[Any], content: str) -> str:
+    return key_of(_VERSION, decoder, mark, content)
+
+
+def _fields(fault: Fault | None) -> dict[str, str | None]:
+    return {"fault": fault and fault.kind, "reason": fault and fault.reason}
+
+
+def _verdicts(clips: Iterator[Clip], backend: Backend, workers: int, size: int) -> Iterator[list[tuple[Clip, Faults]]]:
+    """Decode clips in `workers` processes, `size` at a time. Yields verdicts as they come, in any order.
+
+    A pool of processes is lost as a whole when one of them dies. What was under way then is checked clip by clip, which
+    finds the one at fault, and a new pool goes on with the rest.
+    """
+    chunks = iter(lambda: list(islice(clips, size)), [])
+    while left := (yield from _until_one_dies(chunks, backend, workers)):
+        yield from _one_by_one(left, backend)
+
+
+def _until_one_dies(
+    chunks: Iterator[list[Clip]], backend: Backend, workers: int
+) -> Generator[list[tuple[Clip, Faults]], None, list[Clip]]:
+    """Returns the clips that were under way when a process died; none if all are done."""
+    under_way: dict[Future, list[Clip]] = {}
+    with _pool(workers) as pool:
+        while True:
+            for chunk in islice(chunks, _AHEAD * workers - len(under_way)):
+                under_way[_submit(pool, chunk, backend)] = chunk
+            if not under_way:
+                return []
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+                done, _ = wait(under_way)  # the others fail as well, but for what came back just before
+            finished = [future for future in done if not isinstance(future.exception(), BrokenProcessPool)]
+            if finished:
+                yield [pair for future in finished for pair in zip(under_way.pop(future), future.result(), strict=True)]
+            if len(finished) < len(done):
+                return [clip for chunk in under_way.values() for clip in chunk]
+
+
+def _submit(pool: ProcessPoolExecutor, clips: list[Clip], backend: Backend) -> Future:
+    try:
+        return pool.submit(check_clips, clips, backend)
+    except BrokenProcessPool as error:  # died since the last look
+        future: Future = Future()
+        future.set_exception(error)
+        return future
+
+
+def _one_by_one(clips: list[Clip], backend: Backend) -> Iterator[list[tuple[Clip, Faults]]]:
+    """Each clip alone, and of a clip each set of frames alone: what a row is told must not depend on rows beside it.
+
+    A clip is at fault if it was the first that a fresh process was given, and the process died of it.
+    """
+    left = deque(part for clip in clips for part in _by_frames(clip))
+    while left:
+        with _pool(1) as pool:
+            try:
+                pool.submit(os.getpid).result()
+            except BrokenProcessPool as error:
+                raise EnvironmentMismatch(
+                    "the processes that decode die before they are given a video; what they said stands above. In a "
+                    'script, call check_data under `if __name__ == "__main__":`.'
+                ) from error
+            fresh = True
+            while left:
+                try:
+                    (found,) = pool.submit(check_clips, [left[0]], backend).result()
+                except BrokenProcessPool:
+                    if fresh:
+                        clip = left.popleft()
+                        reason = f"{clip.video}: the process that decoded it died. {_MEND}"
+                        yield [(clip, dict.fromkeys(clip.wanted, Fault("decoder_crash", reason)))]
+                    break
+                yield [(left.popleft(), found)]
+                fresh = False
+
+
+def _by_frames(clip: Clip) -> list[Clip]:
+    parts: dict[Frames, dict[str, Frames]] = {}
+    for content, frames in clip.wanted.items():
+        parts.setdefault(frames, {})[content] = frames
+    return [Clip(clip.video, clip.mark, wanted) for wanted in parts.values()]
+
+
+# ---- in the worker processes ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Spawned, not forked: a fork takes over threads' locks, and decoders have threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C reaches all processes of a terminal; the parent alone decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        # A parent that is killed closes no queue, and its workers would wait for work for ever.
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def check_clips(clips: Sequence[Clip], backend: Backend) -> list[Faults]:
+    """What worker processes do: decode the frames that are wanted of some videos. One result for each clip."""
+    return [_check_clip(clip, backend) for clip in clips]
+
+
+def _check_clip(clip: Clip, backend: Backend) -> Faults:
+    sets = dict.fromkeys(clip.wanted.values())
+    union = tuple(sorted({number for frames in sets for number in frames}))
+    fault = _frames_fault(clip.video, union, backend)
+    if fault is None or len(sets) == 1:
+        return dict.fromkeys(clip.wanted, fault)
+    # A frame that fails spoils only the rows that use it.
+    of_set = {frames: _frames_fault(clip.video, frames, backend) for frames in sets}
+    return {content: of_set[frames] for content, frames in clip.wanted.items()}
+
+
+def _frames_fault(video: str, frames: Frames, backend: Backend) -> Fault | None:
+    try:
+        read_frames(video, pool=frames, backend=backend)
+    except EnvironmentMismatch:
+        raise
+    except DataError as error:
+        return Fault("video_damaged" if os.path.exists(video) else "video_missing", str(error))
+    except Exception as error:
+        # Whatever a broken file makes a decoder raise must not end the check of all others. It may also be the disk's
+        # fault or ours, so the verdict is not kept.
+        return Fault("video_unreadable", f"{video}: cannot be read ({type(error).__name__}: {error}). {_MEND}")
+    return None
+
+
+# ---- final files ----------------------------------------------------------------------------------------------------
+
+
+def _write(
+    files: Sequence[Path], marks: list[list[Any]], root: str, out: Path, faults: Faults, decoder: dict[str, str]
+) -> dict[str, Any]:
+    """Read the rows again and part them; returns the summary."""
+    rows, clean, kinds = Counter(), Counter(), Counter()  # by file, by file, by kind of fault
+    videos: dict[str, int] = {}  # a bit for each frame of the pool that clean rows use
+    changed = DataError(f"{', '.join(map(str, files))}: changed during the check. Run the same command again.")
+    reader = RecordReader(root)
+    with atomic_write(out / "clean.jsonl") as good_rows, atomic_write(out / "rejected.jsonl") as bad_rows:
+        for row in read_rows(files, "writing"):
+            file = row.source.rpartition(":")[0]
+            rows[file] += 1
+            try:
+                good = _examine(row, reader, root)
+                if good.content not in faults:
+                    raise changed
+                videos.setdefault(good.video, 0)
+                if fault := faults[good.content]:
+                    raise BadRecordError(row.source, good.id, fault.reason, fault.kind)
+            except BadRecordError as error:
+                kinds[error.kind] += 1
+                bad_rows.write(_rejected(row, error))
+                continue
+            clean[file] += 1
+            good_rows.write(good.line)
+            videos[good.video] |= sum(1 << number for number in good.frames)
+        if not rows:
+            raise DataError(f"{', '.join(map(str, files))}: no record in it. Check that it is what was meant.")
+        if [file_mark(file) for file in files] != marks:
+            raise changed
+        (out / "summary.json").unlink(missing_ok=True)
+    summary = {
+        "rows": rows.total(),
+        "clean": clean.total(),
+        "rejected": kinds.total(),
+        "faults": {kind: kinds[kind] for kind in FAULTS if kinds[kind]},
+        "files": [{"file": file, "rows": rows[file], "clean": clean[file]} for file in map(str, files)],
+        "videos": {
+            "root": root,
+            "named": len(videos),
+            "with_clean_rows": sum(frames > 0 for frames in videos.values()),
+            "frames_decoded": sum(frames.bit_count() for frames in videos.values()),
+        },
+        "decoder": decoder,
+    }
+    with atomic_write(out / "summary.json") as file:
+        file.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    return summary
+
+
+def _rejected(row: Row, error: BadRecordError) -> bytes:
+    value = row.value.doc.rstrip("\r\n") if isinstance(row.value, json.JSONDecodeError) else row.value
+    line = {"source": row.source, "id": error.id, "fault": error.kind, "reason": error.reason, "row": value}
+    return json_line(line, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def show(outcome: Outcome) -> None:
+    """Print the summary as a table, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary, out, console = outcome.summary, outcome.out, Console()
+    table = Table(title="Records", title_justify="left")
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    table.add_column("")
+    table.add_row("[green]clean[/]", f"{summary['clean']:,}", f"{summary['videos']['frames_decoded']:,} frames decoded")
+    for kind, count in summary["faults"].items():
+        table.add_row(f"[red]{kind}[/]", f"{count:,}", FAULTS[kind])
+    table.add_row("all", f"{summary['rows']:,}", f"{summary['videos']['named']:,} videos")
+    console.print(table)
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if summary["rejected"]:
+        line(f"Why each of the {summary['rejected']:,} rows was rejected: {out / 'rejected.jsonl'}")
+    if summary["clean"]:
+        what, root = "the rest" if summary["rejected"] else "them", summary["videos"]["root"]
+        line(f"Train on {what}: data.records={out / 'clean.jsonl'} data.videos={root}")
+    elif summary["faults"].get("video_missing"):
+        line(f"No row is clean. Check that the videos lie in {summary['videos']['root']} (--videos).")
