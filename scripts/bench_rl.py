@@ -37,6 +37,8 @@ from typing import Any
 
 import torch
 
+from future_l1_plugin.report.timing import in_turns, median, ratio
+
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PARTS = ("contrastive", "engine", "step", "import")
 VMF = {"name": "vmf", "mean_cosine": 0.95}  # as in recipes/la_dapo_micro.yaml
@@ -51,34 +53,6 @@ def say(text: str) -> None:
 
 def row(part: str, what: str, peer: str, ours: str, result: str, goal: str, met: bool | None) -> list[str]:
     return [part, what, peer, ours, result, goal, "-" if met is None else "yes" if met else "**no**"]
-
-
-def clock(run: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
-    wall, processor = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def in_turns(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[tuple[float, float]]]:
-    """`clock` of each run in each turn; the order is reversed every other turn."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for turn in range(turns):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            times[name].append(clock(runs[name]))
-        say(
-            f"  turn {turn + 1} of {turns}: " + ", ".join(f"{name} {took[-1][0]:.3f} s" for name, took in times.items())
-        )
-    return times
-
-
-def ratio(ours: list[tuple[float, float]], peer: list[tuple[float, float]], which: int = 0) -> float:
-    """Median over the turns of ours / peer; `which`: 0 = wall time, 1 = processor time."""
-    return statistics.median(a[which] / b[which] for a, b in zip(ours, peer, strict=True))
-
-
-def median(times: list[tuple[float, float]]) -> float:
-    return statistics.median(wall for wall, _ in times)
 
 
 # Contrastive reward ---------------------------------------------------------------------------------------------------
