@@ -55,10 +55,10 @@ def test_demo_writes_all_it_promises(demo):
     assert "latent SFT" in table and "±" in table
 
 
-def commands(repository):
-    """The shell commands of the README's step-by-step block, one string each."""
+def commands(repository, title="The same, step by step"):
+    """The shell commands of the block under a title of the README, one string each."""
     text = (repository / "README.md").read_text()
-    block = re.search(r"## The same, step by step\n\n```bash\n(.*?)```", text, re.S)[1]
+    block = re.search(rf"## {title}\n\n```bash\n(.*?)```", text, re.S)[1]
     lines = [re.sub(r"\s+#.*$", "", line) for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.strip() and not line.startswith("source ")]
 
@@ -89,6 +89,23 @@ def test_readme_commands(repository, environment, demo):
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert list((demo / "eval").rglob("*_results.json"))
+
+
+def test_data_commands(repository, environment, demo):
+    """Those under "Data", with the micro world for DATA and the micro base in place of a server."""
+    found = commands(repository, "Data")
+    assert [c.split()[1] for c in found] == ["data", "curate"]
+    for command in found:
+        command = command.replace(" DATA", f" {demo}/world/sft.json").replace("ROOT", f"{demo}/world/videos")
+        command = command.replace("checked", f"{demo}/checked").replace("curate.yaml", "curate_micro.yaml")
+        if " curate " in command:
+            command += f" hf.model={demo}/base output={demo}/curated rollouts.n=2 rollouts.max_new_tokens=8"
+        result = subprocess.run(
+            command, shell=True, cwd=repository, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    assert json.loads((demo / "checked" / "summary.json").read_text())["clean"] == 64
+    assert (demo / "curated" / "summary.json").exists()
 
 
 def test_world_files_of_the_demo(demo):
