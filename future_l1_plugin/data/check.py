@@ -13,8 +13,10 @@ in which they finish, nor on how often the run was killed.
 
 What the row alone shows is found anew in each run. What a video shows is found once: its verdict goes to the journal
 under a key of the row's content, the video's path, size and time of change, and the decoder's version, so that only
-what changed is decoded again. Rows of one video are checked together. XX
-600 bytes a row; .json files, which cannot be read in part, are the exception.
+what changed is decoded again. Rows of one video are checked together.
+
+About 1 kB of each row stays in memory, and no frame. A .json file, which cannot be read in part, is there as a whole
+while it is read. One run at a time may write to FOLDER.
 """
 
 import contextlib

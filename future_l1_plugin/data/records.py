@@ -32,16 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from future_l1_plugin.data.frames import POOL_SIZE
-from future_l1_plugin.data.sources import (  # noqa: F401 (rl.py takes the readers from here)
-    Row,
-    _progress,
-    _read_json,
-    _read_jsonl,
-    _read_parquet,
-    data_files,
-    is_dataset,
-    read_rows,
-)
+from future_l1_plugin.data.sources import Row, data_files, is_dataset, read_rows
 from future_l1_plugin.errors import ConfigError, DataError
 
 IMAGE = "<image>"

@@ -34,25 +34,16 @@ from torch import Tensor
 from future_l1_plugin.data.frames import FrameCache, check_file, read_frames
 from future_l1_plugin.data.prompts import ANSWER_IN_TAGS, multiple_choice_prompt
 from future_l1_plugin.data.records import (
+    CONTROL_TOKENS,
     IMAGE,
+    MEDIA_TOKENS,
     BadRecord,
     BadRecordError,
     TwiffRecord,
-    _progress,
-    _read_json,
-    _read_jsonl,
-    _read_parquet,
-)
-from future_l1_plugin.data.sft import (
-    CONTROL_TOKENS,
-    MEDIA_TOKENS,
-    processor_media,
-    question_text,
-    question_video,
-    read_picture,
     token_fault,
-    user_content,
 )
+from future_l1_plugin.data.sft import processor_media, question_text, question_video, read_picture, user_content
+from future_l1_plugin.data.sources import SUFFIXES, Row, read_rows
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.rewards.answer import option_letter
 
@@ -61,7 +52,6 @@ QUESTION_TYPES = ("hop1", "hop2", "hop3", "hop5")
 LETTERS = ("A", "B", "C", "D")  # of FutureBench; the others may have more or fewer
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
-_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 _SHOWN = 10  # bad rows that an error lists
 _PLAIN = ("id", "question", "answer", "images", "options", "kind")
 
@@ -173,12 +163,12 @@ def load_prompts(
         schema = _schema_of_file(path, rows)
         root = path.parent if schema == "plain" else _root(name, video_root)
         so_far = len(good)
-        for number, row in _progress(rows, f"reading {path.name}"):
+        for row in rows:
             if limit is not None and len(good) >= limit:
                 break
             count += 1
             try:
-                good.append(reader.read(row, schema, path, number, root))
+                good.append(reader.read(row, schema, path, root))
             except BadRecordError as error:
                 bad.append(BadRecord(error.source, error.id, error.reason))
         if on_bad == "skip" and len(good) == so_far and count > before:
@@ -206,15 +196,14 @@ def _report(bad: list[BadRecord], count: int, good: int, start: str) -> DataErro
     return DataError(f"{start}{len(bad):,} of {count:,} prompts are bad.{way_on}{shown}{more}")
 
 
-def _rows(path: Path) -> list[tuple[int, Any]]:
-    """(number, row) of each row; a row that could not be parsed is its error."""
+def _rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{path}: no such file of prompts. Check the path.")
-    if path.suffix.lower() not in _READERS:
+    if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"{path}: cannot tell its format, expected a name that ends in {', '.join(_READERS)}. Rename it."
+            f"{path}: cannot tell its format, expected a name that ends in {', '.join(SUFFIXES)}. Rename it."
         )
-    rows = list(_READERS[path.suffix.lower()](path))
+    rows = list(read_rows([path]))
     if not rows:
         raise DataError(f"{path}: holds no row. Check that it is the file that was meant.")
     return rows
@@ -233,12 +222,12 @@ def _root(name: str | os.PathLike, video_root: VideoRoot) -> Path:
     raise ConfigError(f"video_root: {name} is not in it; it has folders for {known}. Add the file with its folder.")
 
 
-def _schema_of_file(path: Path, rows: list[tuple[int, Any]]) -> str:
+def _schema_of_file(path: Path, rows: list[Row]) -> str:
     """The schema of the first row that has one."""
     found: dict[str, None] = {}
-    for _, row in rows:
-        if isinstance(row, Mapping):
-            row = _present(row)
+    for row in rows:
+        if isinstance(row.value, Mapping):
+            row = _present(row.value)
             if schema := _schema(row):
                 return schema
             found |= dict.fromkeys(map(str, row))
@@ -270,9 +259,9 @@ class _Reader:
         self._taken: dict[str, str] = {}  # id -> where it stands
         self._faults: dict[str, str | None] = {}  # of each media file, asked once
 
-    def read(self, row: Any, schema: str, path: Path, number: int, root: Path) -> RlPrompt:
+    def read(self, given: Row, schema: str, path: Path, root: Path) -> RlPrompt:
         """One row. Raises BadRecordError."""
-        source = f"{path}:{number}"
+        source, row = given.source, given.value
         if isinstance(row, ValueError):  # of a JSONL line
             raise BadRecordError(source, "-", f"not JSON ({row.msg}, column {row.colno}). Write the line again.")
         if not isinstance(row, Mapping):

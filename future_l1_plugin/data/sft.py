@@ -21,16 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from future_l1_plugin.data.frames import FrameCache, VideoFrames, check_file, pool_indices
-from future_l1_plugin.data.records import (  # noqa: F401 (rl.py takes the tokens from here)
-    CONTROL_TOKENS,
-    MEDIA_TOKENS,
-    BadRecord,
-    Frame,
-    Records,
-    TwiffRecord,
-    text_fault,
-    token_fault,
-)
+from future_l1_plugin.data.records import BadRecord, Frame, Records, TwiffRecord, text_fault
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.latent.tokens import END, LATENT, START
 from future_l1_plugin.model.config import LatentConfig
