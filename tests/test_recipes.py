@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from future_l1_plugin.config import load_recipe, save_recipe
+from future_l1_plugin.data.curation import CurationRecipe
 from future_l1_plugin.integrations.hf_trainer.recipe import SftRecipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -17,7 +18,7 @@ VERL = {"la_dapo.yaml", "la_dapo_micro.yaml", *(f"ablations/{n}.yaml" for n in A
 SHIPPED = [name for name in EVERY if name not in VERL]
 
 #: Which dataclass a recipe fills, by the beginning of its file's name; the first match counts.
-CLASSES = {"sft": SftRecipe, "micro_base": SftRecipe}
+CLASSES = {"sft": SftRecipe, "curate": CurationRecipe, "micro_base": SftRecipe}
 
 
 def recipe_class(name: str) -> type:
@@ -79,7 +80,7 @@ def test_ablations_change_values_over_a_base_and_write_elsewhere():
         assert ablation.output != base.output, f"recipes/{name} would overwrite the run of its base"
 
 
-@pytest.mark.parametrize("name", ["sft_micro.yaml"])
+@pytest.mark.parametrize("name", ["sft_micro.yaml", "curate.yaml"])
 def test_each_key_of_a_base_recipe_is_there_and_explained(name):
     text = (RECIPES / name).read_text()
     comments = commented(text)
