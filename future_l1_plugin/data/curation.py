@@ -68,7 +68,7 @@ class RolloutRecipe:
     temperature: float = 1.0
     max_new_tokens: int = 512
     seed: int = 0
-    instruction: str = "\nThink it through, then put only the final answer within <answer></answer>."
+    instruction: str = "\nThink, then put only the final answer within <answer></answer>."
 
 
 @dataclass

@@ -456,7 +456,7 @@ def test_wrong_use(recipe, world, tmp_path, capsys):
 
 
 def test_shipped_recipes_parse(repository):
-    full = load_recipe(repository / "recipes" / "curate.yaml", CurationRecipe, ["data.records=x.json"])
+    full = load_recipe(repository / "recipes" / "curate.yaml", CurationRecipe, [])
     assert (full.rollouts.n, full.select.most_text, full.select.least_gain, full.select.size) == (8, 6, 2, 50_000)
     assert full.endpoint_settings().model == "Qwen/Qwen3-VL-8B-Instruct"
     micro = load_recipe(repository / "recipes" / "curate_micro.yaml", CurationRecipe)
