@@ -1,6 +1,7 @@
 """The picture of a curation: what the future frames are worth to the base model, and what was taken."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,9 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from future_l1_plugin.data.curation import Curated, class_of
+from future_l1_plugin.data.curation import Curated, Score, class_of
 
 
 def print_curation(curated: Curated, output: str | Path) -> None:
@@ -42,12 +44,15 @@ def print_curation(curated: Curated, output: str | Path) -> None:
 
 
 def plot_curation(curated: Curated, n: int, output: str | Path) -> None:
-    """Histogram of the gain, p_t against p_v, and shares of classes; all records, the selection, the random control.
+    """Histogram of the gain, p_t against p_v, shares of classes if there are several; all records, selection, control.
 
     Written to `output`/curation.png. `n`: answers to a question.
     """
     scores, selected = curated.scores, curated.selected
-    figure, (gains, grid, classes) = plt.subplots(1, 3, figsize=(13, 3.8))
+    names = sorted({class_of(score.record) for score in scores})
+    classified = len(names) > 1
+    figure, panels = plt.subplots(1, 2 + classified, figsize=(13 if classified else 10, 3.8))
+    gains, grid = panels[:2]
     groups = {"all records": scores, "selected": selected.sft, "random control": selected.random}
 
     steps = np.arange(-n, n + 1)
@@ -72,17 +77,19 @@ def plot_curation(curated: Curated, n: int, output: str | Path) -> None:
     grid.set_ylabel(f"right with them, of {n}")
     figure.colorbar(image, ax=grid, label="records")
 
-    names = sorted({class_of(score.record) for score in scores})
+    if classified:
+        _plot_classes(panels[2], groups, names)
+    figure.tight_layout()
+    figure.savefig(Path(output) / "curation.png", dpi=120)
+    plt.close(figure)
+
+
+def _plot_classes(axes: Axes, groups: Mapping[str, Sequence[Score]], names: Sequence[str]) -> None:
     height = 0.27
     for (name, group), shift in zip(groups.items(), (-height, 0.0, height), strict=True):
         if group:
             found = Counter(class_of(score.record) for score in group)
-            classes.barh(
-                np.arange(len(names)) + shift, [100 * found[c] / len(group) for c in names], height, label=name
-            )
-    classes.set_yticks(range(len(names)), names)
-    classes.invert_yaxis()
-    classes.set_xlabel("share of records by class, %")
-    figure.tight_layout()
-    figure.savefig(Path(output) / "curation.png", dpi=120)
-    plt.close(figure)
+            axes.barh(np.arange(len(names)) + shift, [100 * found[c] / len(group) for c in names], height, label=name)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of records by class, %")

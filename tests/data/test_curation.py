@@ -23,6 +23,7 @@ from future_l1_plugin.data.rl import twiff_prompt
 from future_l1_plugin.data.rollouts import HfEngine, Job, Sampling, content_of, seed_of
 from future_l1_plugin.endpoint import EndpointError
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
+from future_l1_plugin.report.curation import plot_curation
 
 N = 4
 FILES = ("scores.jsonl", "sft.jsonl", "random.jsonl", "rl_8.jsonl", "summary.json")
@@ -411,9 +412,17 @@ def test_the_command_prints_and_draws(recipe, tmp_path, capsys):
     assert main(["curate", str(tmp_path / "r.yaml")]) == 0
     printed = capsys.readouterr().out
     assert "sft.jsonl" in printed and "without the future frames" in printed and "rl_1000.jsonl: not written" in printed
-    assert Image.open(tmp_path / "out" / "curation.png").size[0] > 1000
+    width = Image.open(tmp_path / "out" / "curation.png").size[0]
     assert main(["curate", str(tmp_path / "r.yaml"), "--shard", "1/2"]) == 0
     assert "shard 1/2 is done" in capsys.readouterr().out
+    curated = curate(recipe())
+    kinds = [{"meta_data": {"classification": kind}} for kind in ("sport", "cooking")]
+    mixed = [
+        dataclasses.replace(s, record=dataclasses.replace(s.record, extras=kinds[i % 2]))
+        for i, s in enumerate(curated.scores)
+    ]
+    plot_curation(dataclasses.replace(curated, scores=mixed), N, tmp_path)
+    assert Image.open(tmp_path / "curation.png").size[0] > width  # one more panel, for the classes
 
 
 @pytest.mark.parametrize(
