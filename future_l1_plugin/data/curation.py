@@ -267,7 +267,7 @@ class Curation:
         """Verdicts on this shard's answers that no rule decides."""
         known = {row["key"] for row in self._verdicts}
         wanted: dict[str, JudgeItem] = {}
-        for record, job, answer in self._answers(self.mine()):
+        for record, _, job, answer in self._answers(self.mine()):
             key = self._verdict_key(record, job, answer)
             if key not in known and _by_rule(job.prompt, answer) is None:
                 question = job.prompt.question
@@ -299,18 +299,20 @@ class Curation:
         judge = self._judge.settings
         return key_of(judge.model, judge.prompt, job.prompt.question, record.answer, extract_answer(answer))
 
-    def _answers(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, Job, str]]:
-        """(record, job, answer) of every stored answer to these records. Raises DataError if one is missing."""
-        wanted = {job.key: (record, job) for record, _, job in self.jobs(records)}
-        total, open_ = len(wanted), dict(wanted)
+    def _answers(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Job, str]]:
+        """(record, condition, job, answer) of every answer to these records. Raises DataError if one is missing."""
+        # Two records that ask the same of the same frames have their answers in common.
+        wanted: dict[str, list[tuple[TwiffRecord, str, Job]]] = {}
+        for record, condition, job in self.jobs(records):
+            wanted.setdefault(job.key, []).append((record, condition, job))
+        total = len(wanted)
         for row in self._rollouts:
-            if row["key"] in open_:
-                record, job = open_.pop(row["key"])
-                yield record, job, row["answer"]
-        if open_:
-            record, _ = next(iter(open_.values()))
+            for record, condition, job in wanted.pop(row["key"], ()):
+                yield record, condition, job, row["answer"]
+        if wanted:
+            record = next(iter(wanted.values()))[0][0]
             raise DataError(
-                f"{self.output}: {len(open_):,} of {total:,} answers are missing, the first for record {record.id}. "
+                f"{self.output}: {len(wanted):,} of {total:,} answers are missing, the first for record {record.id}. "
                 "Finish every shard with this recipe (the same command without --select), and bring its "
                 "rollouts*.jsonl here."
             )
@@ -323,7 +325,7 @@ class Curation:
         right = {record.id: Counter() for record in self.records}
         verdicts = {row["key"]: row["correct"] for row in self._verdicts}
         undecided = 0
-        for record, job, answer in self._answers(self.records):
+        for record, condition, job, answer in self._answers(self.records):
             correct = _by_rule(job.prompt, answer)
             if correct is None and self._judge is not None:
                 key = self._verdict_key(record, job, answer)
@@ -335,7 +337,6 @@ class Curation:
                 correct = verdicts[key]
             elif correct is None:
                 undecided += 1
-            condition = TEXT if len(job.prompt.pool) == len(record.image) else VISUAL
             right[record.id][condition] += int((correct or 0.0) >= 0.5)
         scores = [Score(record, right[record.id][TEXT], right[record.id][VISUAL]) for record in self.records]
         return scores, undecided

@@ -203,6 +203,14 @@ def test_the_random_control_is_drawn_from_all_records_alike():
     assert 0.4 < share < 0.6
 
 
+def test_records_that_ask_the_same_share_their_answers(world, recipe, tmp_path):
+    rows = json.loads(world.sft.read_text())
+    rows.append({**rows[3], "id": "asks the same"})
+    (tmp_path / "twice.json").write_text(json.dumps(rows))
+    found = curate(recipe(f"data.records={tmp_path / 'twice.json'}"))
+    assert [(s.text, s.visual) for s in (found.scores[3], found.scores[-1])] == [plan(3)] * 2
+
+
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
