@@ -7,9 +7,11 @@ way for that of what was chosen: the latent itself and, where the span's budget 
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.utils.model import convert_weight_keys
+from verl.utils.transformers_compat import drop_tied_target_keys
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from future_l1_plugin.errors import ConfigError
@@ -96,11 +99,39 @@ class LatentEngine(FSDPEngineWithLMHead):
         """verl's, without its cast to bfloat16, by which a float32 rollout would differ from the actor by 1e-2 nats."""
         device = get_device_id()
         with merged_lora_context(self.module, backup_adapters=True):
+            # verl merges within FSDP2's inner units; adapters that are the outermost unit's (latent head, vision
+            # mergers) are left out.
+            with torch.no_grad():
+                for module in self.module.modules():
+                    if isinstance(module, LoraLayer) and not module.merged:
+                        module.merge()
             params = convert_weight_keys(normalize_peft_param_name(self.module.state_dict()), self.module)
             for name, value in params.items():
                 # The context takes the adapters out again: what is yielded must be a copy.
                 is_shard = isinstance(value, DTensor)
                 yield name, value.to(device).full_tensor() if is_shard else value.detach().clone()
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self._is_lora and self.checkpoint_manager.should_save_hf_model:
+            self._save_merged(Path(local_path) / "huggingface")
+
+    def _save_merged(self, folder: Path) -> None:
+        """What verl writes there under LoRA has PEFT's names and loads nowhere: write the merged weights instead."""
+        first = torch.distributed.get_rank() == 0
+        weights = {}
+        for name, weight in self._merged_lora_per_tensor_param():  # gathers: all ranks take part
+            if first:
+                weights[name] = weight.cpu()
+        if first:
+            for stale in folder.glob("*.safetensors*"):
+                stale.unlink()
+            with torch.device("meta"):
+                model = type(self.module.get_base_model())(self.module.config)
+            model.generation_config = self.module.get_base_model().generation_config
+            drop_tied_target_keys(weights, model, model.config)
+            model.save_pretrained(folder, state_dict=weights)
+        torch.distributed.barrier()
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False):
         latents = torch.tensor(trained_latents(data, self.latent.tokens), device=get_device_id())

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from omegaconf import open_dict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -44,8 +45,14 @@ class LatentWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
+        frozen = "actor" in self.role and self.config.actor.get("freeze_vision_tower", False)
+        if frozen and self.config.model.get("lora_rank", 0):
+            # PEFT sets an adapter free again whenever it enables adapters: there must be none.
+            given = self.config.model.exclude_modules
+            with open_dict(self.config.model):
+                self.config.model.exclude_modules = r".*\bvisual\b.*" + (f"|{given}" if given else "")
         super().init_model()
-        if "actor" in self.role and self.config.actor.get("freeze_vision_tower", False):
+        if frozen:
             for module in self.actor.engine.module.modules():
                 if "visual" in module._modules:
                     module.visual.requires_grad_(False)
