@@ -51,6 +51,8 @@ PINS = (
     Pin("torch", "2.13.0", ">=2.11,<2.14", (CORE,), "torchvision is built for one torch: change both together"),
     Pin("torchvision", "0.28.0", ">=0.26,<0.29", (CORE,), "Qwen3-VL's image and video processors"),
     Pin("transformers", "5.10.4", ">=5.5.3,<5.11,!=5.6.0", (CORE,), "the bounds are verl 0.9.1's"),
+    Pin("huggingface_hub", "1.33.0", ">=1.5,<2", (CORE,), "datasets and checkpoints of the hub; transformers' bounds"),
+    Pin("httpx", "0.28.1", ">=0.27,<1", (CORE,), "what a download of the hub fails with"),
     Pin("peft", "0.21.2", ">=0.17", (CORE,), "LoRA"),
     Pin("accelerate", "1.15.0", ">=1.10", (CORE,), "device placement, the Trainer"),
     Pin("numpy", "2.4.6", ">=2.0,<2.5", (CORE,), "vLLM lowers it to 2.3"),

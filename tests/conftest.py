@@ -9,7 +9,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--qwen-vl-finetune", metavar="PATH", help="a checkout of 2U1/Qwen-VL-Series-Finetune, for the tests marked so"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine or environment cannot run, with the reason."""
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
@@ -21,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if verl_flavour() != "easyr1":
             _skip(items, "easyr1", "needs EasyR1, which cannot be installed beside upstream verl")
+    if config.getoption("--qwen-vl-finetune") is None:
+        _skip(items, "qwen_vl_finetune", "needs a checkout of Qwen-VL-Series-Finetune: --qwen-vl-finetune PATH")
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:

@@ -108,6 +108,23 @@ def test_data_commands(repository, environment, demo):
     assert (demo / "curated" / "summary.json").exists()
 
 
+def test_full_size_sft_commands(repository, environment, demo):
+    """Those under "SFT at full size", dry: GPUs are not here, and test_qwen_vl_finetune.py runs in a checkout."""
+    found = commands(repository, "SFT at full size")
+    assert [c.split("scripts/sft.sh ")[1].split()[0] for c in found] == [
+        "recipes/sft.yaml", "recipes/sft.yaml", "recipes/ablations/sft_lambda.yaml"
+    ]  # fmt: skip
+    for command in found:
+        command = command.replace("=DIR", "=null") + ("" if "--dry-run" in command else " --dry-run")
+        command += f" model={demo}/start data.records={demo}/world/sft.json data.videos={demo}/world/videos"
+        result = subprocess.run(
+            command, shell=True, cwd=repository, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        for words in ("resolved recipe", "1 GPU: ", "8 GPUs: ", "in all: "):
+            assert words in result.stdout
+
+
 def test_world_files_of_the_demo(demo):
     world = World(demo / "world")
     assert len(json.loads(world.futurebench.read_text())) == 16

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from future_l1_plugin.data import make_world
-from future_l1_plugin.integrations.hf_trainer import run as run_module
-from future_l1_plugin.integrations.hf_trainer.run import main
+from future_l1_plugin.integrations.hf_trainer import host as host_module
+from future_l1_plugin.integrations.sft.run import main
 from future_l1_plugin.model import LatentConfig, load
 
 TOLERANCE = 1e-5
@@ -192,7 +192,7 @@ def test_the_same_seed_gives_the_same_run(tiny_path, world, unbroken, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from future_l1_plugin.integrations.hf_trainer import run, trainer
+from future_l1_plugin.integrations.sft import run, trainer
 
 def kill(self, args, state, control, **kwargs):
     if state.global_step == 3:
@@ -243,14 +243,14 @@ def test_accumulating_equals_one_large_batch(tiny_path, world, unbroken, tmp_pat
 
 def test_lora_trains_lora_only_and_is_merged(tiny_path, world, tmp_path, monkeypatch):
     trained = {}
-    original = run_module._with_lora
+    original = host_module.with_lora
 
     def with_lora(model, lora):
         wrapped = original(model, lora)
         trained.update({name: p.requires_grad for name, p in wrapped.named_parameters()})
         return wrapped
 
-    monkeypatch.setattr(run_module, "_with_lora", with_lora)
+    monkeypatch.setattr(host_module, "with_lora", with_lora)
     output = train(tmp_path / "run.yaml", tiny_path, world, "train.lora.rank=4", "train.max_steps=3")
     assert {name for name, learns in trained.items() if learns} == {name for name in trained if "lora_" in name}
     assert sum("lora_" in name for name in trained) == 2 * 7 * 4  # A and B of seven projections in four layers
@@ -319,7 +319,7 @@ def test_own_latents(tiny_path, world, unbroken, tmp_path):
 
 def test_each_pass_draws_its_own_rows(tiny_path, world, tmp_path, monkeypatch):
     """Two passes a step, four steps: eight draws that differ, and none that repeats another seed's."""
-    from future_l1_plugin.integrations.hf_trainer import trainer
+    from future_l1_plugin.integrations.sft import trainer
 
     drawn = []
 

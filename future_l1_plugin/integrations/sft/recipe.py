@@ -1,9 +1,10 @@
 """What an SFT recipe may say: the keys of `recipes/sft*.yaml`, their types and defaults.
 
-Each key of the shipped recipes carries its meaning and source as a comment; the defaults here are the paper's.
+`recipes/sft.yaml` explains each key, with its unit and source; the defaults here are the paper's.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.model.config import LOSSES
@@ -83,6 +84,24 @@ class LogRecipe:
 
 
 @dataclass
+class QwenVlFinetuneRecipe:
+    """Training inside an unmodified checkout of 2U1/Qwen-VL-Series-Finetune, with that project's own trainer."""
+
+    path: str | None = None  # the checkout; null = transformers.Trainer
+    deepspeed: str | None = None  # zero2 | zero3 | zero2_offload | zero3_offload, its files, or the path of another
+    arguments: dict[str, Any] = field(default_factory=dict)  # flags of its TrainingArguments that have no key here
+
+
+@dataclass
+class SweepRecipe:
+    """Several runs that differ in one key, each into `output`/KEY=VALUE."""
+
+    key: str | None = None  # dotted, e.g. latent.weight; null = one run
+    values: list[Any] = field(default_factory=list)
+    only: Any = None  # run this value of them, or these
+
+
+@dataclass
 class SftRecipe:
     """A whole SFT run."""
 
@@ -92,6 +111,8 @@ class SftRecipe:
     latent: LatentRecipe = field(default_factory=LatentRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
+    qwen_vl_finetune: QwenVlFinetuneRecipe = field(default_factory=QwenVlFinetuneRecipe)
+    sweep: SweepRecipe = field(default_factory=SweepRecipe)
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad", self.data.on_bad, ("raise", "skip"))
@@ -121,6 +142,14 @@ class SftRecipe:
             raise ConfigError(
                 "train.train_vision: LoRA trains the text decoder only. Set it to false, or lora.rank to 0"
             )
+        host = self.qwen_vl_finetune
+        if host.arguments and not host.path:
+            raise ConfigError(
+                f"qwen_vl_finetune.arguments: {', '.join(host.arguments)} are flags of Qwen-VL-Series-Finetune, and "
+                "qwen_vl_finetune.path names no checkout of it. Give the path, or take them out"
+            )
+        if (self.sweep.key is None) != (not self.sweep.values):
+            raise ConfigError("sweep: expected both key and values, or neither")
 
     def accumulation(self, devices: int) -> int:
         """Forward passes an optimiser step on each device."""

@@ -1,0 +1,1 @@
+"""Latent SFT on transformers.Trainer."""

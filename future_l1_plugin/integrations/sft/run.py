@@ -1,0 +1,176 @@
+"""One SFT run: records -> dataset -> collator -> model -> trainer -> final checkpoint, in the host of the recipe.
+
+python -m future_l1_plugin.integrations.sft.run RECIPE [key=value ..]     what scripts/sft.sh starts, once a GPU
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from future_l1_plugin.config import load_recipe, save_recipe
+from future_l1_plugin.errors import ConfigError, DataError, UserError
+from future_l1_plugin.integrations.sft.host import host_of
+from future_l1_plugin.integrations.sft.recipe import LatentRecipe, SftRecipe
+
+if TYPE_CHECKING:
+    from future_l1_plugin.data.records import Records
+
+
+def run(recipe: SftRecipe) -> Path:
+    """Train as the recipe says and return the folder of the final checkpoint (`output/final`).
+
+    Raises ConfigError, CheckpointError, DataError or EnvironmentMismatch before any training step if something does not
+    fit.
+    """
+    import torch
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from future_l1_plugin.data.sft import SftCollator, SftDataset
+    from future_l1_plugin.integrations.sft.trainer import JsonlLog, save_final, whole_weights
+    from future_l1_plugin.model import load
+    from future_l1_plugin.model.config import LatentConfig
+    from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents
+
+    # Gradients of a small model in float32 underflow to denormal numbers, on which a CPU is up to ten times slower.
+    # Worker threads inherit the setting, so it must come before the first parallel operation.
+    torch.set_flush_denormal(True)
+    output, train, log = Path(recipe.output), recipe.train, recipe.log
+    final, checkpoints = output / "final", output / "checkpoints"
+    host = host_of(recipe)
+    arguments = host.arguments(recipe, checkpoints)
+    if arguments.process_index == 0:
+        print(host.line, flush=True)
+    newest = get_last_checkpoint(str(checkpoints)) if log.resume and checkpoints.exists() else None
+    if log.resume and (newest or final.exists()):
+        _check_same_run(recipe, output / "recipe.yaml")
+    if final.exists() and log.resume:
+        print(f"{final} is there already: nothing to do (log.resume=false trains anew)")
+        return final
+    set_seed(train.seed)
+    data = _records(recipe)
+    model, processor = load(
+        recipe.model, dtype=torch.float32, attn_implementation=train.attn_implementation, **latent_keys(recipe.latent)
+    )
+    latent = LatentConfig.from_hf(model.config)
+    own = OwnLatents(recipe.latent.own_share, recipe.latent.own_passes, recipe.latent.own_mean_cosine)
+    model = host.prepare(model, recipe, arguments)
+    if arguments.process_index == 0:
+        if not log.resume:  # what an earlier run left would be taken for this one's by the next resume
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+        save_recipe(recipe, output / "recipe.yaml")
+    callbacks = [JsonlLog(output / "metrics.jsonl")]
+    if log.tensorboard and arguments.process_index == 0:
+        callbacks.append(_tensorboard(output / "tensorboard"))
+    trainer = host.trainer()(
+        model=model,
+        args=arguments,
+        latent=latent,
+        own=own if recipe.data.spans else TEACHER_FORCING,  # without spans the extra passes would be for nothing
+        train_dataset=SftDataset(data, recipe.data.spans, recipe.data.cache_mb * 2**20),
+        data_collator=SftCollator(
+            processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length
+        ),
+        callbacks=callbacks,
+    )
+    if newest:
+        print(f"resuming from {newest}")
+    trainer.train(resume_from_checkpoint=newest)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with whole_weights(model):
+        if trainer.is_world_process_zero():
+            save_final(model, processor, final)
+    return final
+
+
+def latent_keys(latent: LatentRecipe) -> dict[str, Any]:
+    """The checkpoint's latent keys that the recipe sets otherwise."""
+    keys = {
+        "latent_loss": latent.loss,
+        "latent_lambda": latent.weight,
+        "max_latent_token": latent.max_latent_token,
+        "train_fixed_latent_budget": latent.train_fixed_latent_budget,
+    }
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _records(recipe: SftRecipe) -> "Records":
+    """The records that can be trained on; what was left out is told.
+
+    Raises DataError: bad records under `on_bad: raise`, or records that ZeRO-3 would hang on.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from future_l1_plugin.data.records import load_records
+    from future_l1_plugin.data.sft import check_records
+
+    data = load_records(recipe.data.records, video_root=recipe.data.videos or None, on_bad=recipe.data.on_bad)
+    data = check_records(data, on_bad=recipe.data.on_bad)
+    for bad in data.bad[:10]:
+        print(f"left out: {bad.source} {bad.id}: {bad.reason}", file=sys.stderr)
+    if data.bad:
+        print(f"left out {len(data.bad)} of {len(data.bad) + len(data)} records", file=sys.stderr)
+    without = [record.id for record in data if not record.reasoning_image]
+    if is_deepspeed_zero3_enabled() and recipe.data.spans and 0 < len(without) < len(data):
+        # A micro batch of them alone runs the vision tower once, the others twice: ranks would wait for each other.
+        raise DataError(
+            f"record {without[0]} and {len(without) - 1} more of {len(data)} have no future frame. Under ZeRO-3 all "
+            "records must have some, or none. Leave them out, or use zero2."
+        )
+    return data
+
+
+def _tensorboard(folder: Path):
+    """TensorBoard files in `folder`. report_to="tensorboard" would take the folder from the environment."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
+
+
+def _check_same_run(recipe: SftRecipe, saved: Path) -> None:
+    """A run may only be resumed, or taken for finished, under the settings it was started with.
+
+    Raises ConfigError that names the settings that differ. What changes no result may: log.*, workers, cache.
+    """
+    if not saved.exists():
+        return
+    before = load_recipe(saved, SftRecipe)
+    pairs = [("model", before.model, recipe.model)]
+    for name in ("data", "latent", "train", "qwen_vl_finetune"):
+        old, new = vars(getattr(before, name)), vars(getattr(recipe, name))
+        pairs += [(f"{name}.{key}", old[key], new[key]) for key in new if key not in ("workers", "cache_mb")]
+    paths = ("model", "data.records", "data.videos", "qwen_vl_finetune.path")
+    changed = [
+        f"{key}: {old} -> {new}"
+        for key, old, new in pairs
+        if old != new and not (key in paths and old and new and Path(old).resolve() == Path(new).resolve())
+    ]
+    if changed:
+        raise ConfigError(
+            f"{saved.parent} holds a run with other settings ({'; '.join(changed)}). "
+            "Name another output, or train anew with log.resume=false."
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m future_l1_plugin.integrations.sft.run", description=__doc__)
+    parser.add_argument("recipe", help="a YAML file, e.g. recipes/sft_micro.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. train.max_steps=20")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.recipe, SftRecipe, arguments.overrides)
+        if recipe.sweep.key:
+            raise ConfigError(f"{arguments.recipe}: a sweep is several runs. Start it with scripts/sft.sh")
+        run(recipe)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
