@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.latent.channel import latent_head, text_backbone
 from future_l1_plugin.latent.policy import build_policy
-from future_l1_plugin.latent.spans import SpanMachine
+from future_l1_plugin.latent.spans import SpanBudget, SpanMachine
 from future_l1_plugin.latent.tokens import LatentTokens
 from future_l1_plugin.model.config import LatentConfig
 
@@ -93,6 +93,7 @@ def generate(
     tokenizer: Any = None,
     on_token: Callable[[Tensor, Tensor], None] | None = None,
     record_means: bool = False,
+    budget: SpanBudget | None = None,
     **generate_kwargs: Any,
 ) -> LatentOutput:
     """Decode text and latent spans for a batch.
@@ -106,6 +107,7 @@ def generate(
         tokenizer: decodes the text; by default the one that `load` left on the model.
         on_token: called after each step with ids Long (B,) and latent Bool (B,), for streaming.
         record_means: also return `means` and `end_logprobs`, which the density of a rollout is computed from.
+        budget: of every span, in place of the checkpoint's rule.
         generate_kwargs: further arguments of `model.generate` (e.g. `stopping_criteria`, `logits_processor`).
 
     Raises:
@@ -130,7 +132,11 @@ def generate(
 
     def loop(model: nn.Module, input_ids: Tensor, **kwargs: Any) -> Tensor:
         machine = SpanMachine(
-            config.tokens, config.budget, len(input_ids), input_ids.device, force_start=config.force_initial_latent_mode
+            config.tokens,
+            budget or config.budget,
+            len(input_ids),
+            input_ids.device,
+            force_start=config.force_initial_latent_mode,
         )
         return _decode(model, input_ids, machine, feedback, policy, temperature, generator, record, on_token, **kwargs)
 

@@ -19,8 +19,10 @@ from typing import Any
 
 from future_l1_plugin.data.prompts import multiple_choice_prompt
 from future_l1_plugin.errors import ConfigError, DataError
+from future_l1_plugin.integrations.lmms_eval.provenance import data_hash, provenance
 from future_l1_plugin.rewards.answer import option_letter
 
+VERSION = 1.0
 HUB_DATASET, HUB_FILE = "haonan3/V1-33K", "futurebench.json"
 #: question_type of an item -> the metric it counts for
 METRIC_OF_TYPE = {"hop1": "hop1_acc", "hop2": "hop2_acc", "hop3": "hop3_acc", "hop5": "interpolation_acc"}
@@ -32,9 +34,15 @@ SHOWN = 10  # bad items or missing videos that an error lists
 
 
 def __getattr__(name: str) -> Any:
-    """`dataset_kwargs` for the YAML: an attribute that is computed when the task is loaded, not when it is listed."""
+    """Attributes for the YAML that are computed when the task is loaded, not when it is listed."""
     if name == "dataset_kwargs":
         return {"data_files": {"test": str(prepare())}}
+    if name == "metadata":
+        source, items = read_items()
+        docs = check_items(items, source)
+        videos = {doc["video_path"]: video_file(doc) for doc in docs}
+        data = {"source": source, "items": len(docs), "hash": data_hash(docs, videos)}
+        return {"version": VERSION, "future_l1": provenance(data)}
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 

@@ -111,12 +111,18 @@ def utils():
 SAMPLING = "max_new_tokens=20,temperature=1.0"  # greedy texts of a random model are all alike
 
 
-def start(folder: Path, checkpoint: Path, out: str) -> subprocess.Popen:
+#: How often an evaluation is killed. By hand, for a thorough check: KILLS=10.
+KILLS = int(os.environ.get("KILLS", "2"))
+#: Two processes; --multi_gpu asks for torch's launcher, without a GPU they talk through gloo.
+TWO = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no --main_process_port=0"
+
+
+def start(folder: Path, checkpoint: Path, out: str, launcher: str = "") -> subprocess.Popen:
     """Start `lmms-eval --model future_l1 --tasks futurebench` in `folder`, one sample at a time, sampling tokens."""
     assert any(e.name == "future_l1" for e in importlib.metadata.entry_points(group="lmms_eval.models")), (
         "the package is not installed in this environment: run `make setup`"
     )
-    command = [sys.executable, "-m", "lmms_eval", "--model", "future_l1", "--tasks", "futurebench"]
+    command = [sys.executable, *launcher.split(), "-m", "lmms_eval", "--model", "future_l1", "--tasks", "futurebench"]
     command += ["--model_args", f"pretrained={checkpoint},max_num_frames=4,responses={out}.jsonl"]
     command += ["--gen_kwargs", SAMPLING, "--output_path", out, "--log_samples"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}
@@ -139,34 +145,59 @@ def lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_after_a_kill_and_ends_like_an_unbroken_one(benchmark, tmp_path, checkpoint):
-    broken = start(tmp_path, checkpoint, "broken")
-    kept = tmp_path / "broken.jsonl"
-    deadline = time.time() + 120
-    while len(lines(kept)) < 4 and broken.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
-    before = lines(kept)
-    log = (tmp_path / "broken.log").read_text()
-    assert 4 <= len(before) < len(ITEMS), f"killed too late or too early: {len(before)} responses\n{log[-3000:]}"
-    assert not list((tmp_path / "broken").rglob("*_results.json"))
-    cut = "\n".join(before[:-1]) + "\n" + before[-1][: len(before[-1]) // 2]  # as if killed while writing
-    kept.write_text(cut)
+def says_what_it_depends_on(config: dict, checkpoint: Path) -> None:
+    told = config["metadata"]["future_l1"]
+    assert told["data"]["items"] == len(ITEMS) and len(told["data"]["hash"]) == 32
+    model = told["model"]
+    assert model["checkpoint"] == str(checkpoint) and len(model["hash"]) == 32
+    assert model["frames"] == 4 and model["pixels"]["min"] is None and len(model["pixels"]["video"]) == 2
+    assert len(model["prompt"]["template"]) == 32
+    assert model["decoding"]["budget"] == {"limit": 3, "exact": False}
+    assert told["versions"]["lmms-eval"] == "0.7.3"
+    assert config["generation_kwargs"]["max_new_tokens"] == 20
 
-    again = start(tmp_path, checkpoint, "broken")
+
+def counts_of(samples: list[dict]) -> list[dict]:
+    """Token counts without the time that was taken."""
+    return [{name: n for name, n in s["token_counts"][0].items() if name != "seconds"} for s in samples]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_kills_in_two_processes_and_ends_like_an_unbroken_one(benchmark, tmp_path, checkpoint):
+    kept, cut = tmp_path / "broken.jsonl", ""
+    for kill in range(1, KILLS + 1):
+        wanted = max(1, len(ITEMS) * kill // (KILLS + 2))  # later ones leave enough for two processes
+        broken = start(tmp_path, checkpoint, "broken")
+        deadline = time.time() + 120
+        while len(lines(kept)) < wanted and broken.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        broken.send_signal(signal.SIGKILL)
+        broken.wait()
+        before = lines(kept)
+        log = (tmp_path / "broken.log").read_text()
+        assert wanted <= len(before), f"killed too early: {len(before)} responses\n{log[-3000:]}"
+        assert not list((tmp_path / "broken").rglob("*_results.json")), "killed too late"
+        assert before[: cut.count("\n")] == cut.splitlines()[:-1], "earlier responses were touched"
+        cut = "\n".join(before[:-1]) + "\n" + before[-1][: len(before[-1]) // 2]  # as if killed while writing
+        kept.write_text(cut)
+
+    again = start(tmp_path, checkpoint, "broken", f"-m accelerate.commands.launch {TWO}")
     unbroken = evaluate(f"pretrained={checkpoint},max_num_frames=4,responses={tmp_path / 'unbroken.jsonl'}", SAMPLING)
-    assert again.wait(120) == 0
+    assert again.wait(240) == 0, (tmp_path / "broken.log").read_text()[-3000:]
 
     after = lines(kept)
-    rows = [json.loads(line) for line in after if line.endswith("}")]
-    assert after[: len(before)] == cut.splitlines(), "earlier responses were touched"
+    second = lines(tmp_path / "broken.rank1.jsonl")
+    assert second, "one process did all the work"
+    rows = [json.loads(line) for line in [*after, *second] if line.endswith("}")]
+    assert after[: len(cut.splitlines())] == cut.splitlines(), "earlier responses were touched"
     assert len(rows) == len({row["key"] for row in rows}) == len(ITEMS), "a response was generated twice or is missing"
     assert "broken line" in (tmp_path / "broken.log").read_text()
 
     file = next((tmp_path / "broken").rglob("*_results.json"))
-    written = json.loads(file.read_text())["results"]["futurebench"]
+    whole = json.loads(file.read_text())
+    says_what_it_depends_on(whole["configs"]["futurebench"], checkpoint)
+    assert whole["throughput"]["total_gen_tokens"] > 0
+    written = whole["results"]["futurebench"]
     for metric in METRICS:
         assert isinstance(written[f"{metric},none"], float), f"{metric} is missing from results.json"
         kind = "stderr" if metric == "macro_acc" else "stderr_clustered"
@@ -175,7 +206,8 @@ def test_a_run_goes_on_after_a_kill_and_ends_like_an_unbroken_one(benchmark, tmp
 
     samples, others = read_samples(tmp_path / "broken"), unbroken["samples"]["futurebench"]
     assert [[s["filtered_resps"]] for s in samples] == [s["filtered_resps"] for s in others]
-    assert [s["token_counts"] for s in samples] == [s["token_counts"] for s in others]
+    assert counts_of(samples) == counts_of(others)
+    assert all(s["token_counts"][0]["seconds"] > 0 for s in samples), "a response read again lost its time"
     texts = [s["filtered_resps"] for s in samples]
     assert len(set(texts)) > len(texts) // 2  # the comparison above means something
     for sample in samples:
@@ -446,6 +478,35 @@ def test_scores_by_hand(utils):
     assert utils.macro_stderr(records["macro_acc_stderr"]) == "N/A"  # hop3 and interpolation have one item each
 
 
+def test_the_paper_s_split_by_hand(utils):
+    """1,056 items. Right are 100 of 173, 120 of 193, 90 of 201 and 400 of 489; every tenth wrong one says nothing."""
+    sizes = {"hop1": (173, 100), "hop2": (193, 120), "hop3": (201, 90), "hop5": (489, 400)}
+    wrong = ["B"] * 9 + [None]
+    outcomes = [
+        (kind, "A", "A" if i < right else wrong[(i - right) % 10], f"{kind} {i // 3}")
+        for kind, (size, right) in sizes.items()
+        for i in range(size)
+    ]
+    records = scored(utils, outcomes)
+    assert len(records["future_acc"]) == 1056
+    means = {metric: utils.mean_score(records[metric]) for metric in METRICS if metric != "macro_acc"}
+    assert means["future_acc"] == 710 / 1056
+    assert [means[f"{hop}_acc"] for hop in ("hop1", "hop2", "hop3")] == [100 / 173, 120 / 193, 90 / 201]
+    assert means["interpolation_acc"] == 400 / 489
+    assert means["parse_failure_rate"] == (7 + 7 + 11 + 8) / 1056  # of 73, 73, 111 and 89 wrong ones
+    # 0.5780347 + 0.6217617 + 0.4477612 + 0.8179959 = 2.4655535, over 4; the micro average is 0.6723485
+    assert utils.macro_mean(records["macro_acc"]) == pytest.approx(0.6163884, abs=1e-7)
+    assert means["future_acc"] == pytest.approx(0.6723485, abs=1e-7)
+
+
+def test_an_answer_of_two_letters_is_none(utils):
+    records = scored(utils, [("hop1", "A", "A or B", "u"), ("hop1", "A", "A", "u")])  # and two questions about a clip
+    assert records["future_acc"][0]["prediction"] is None
+    assert [r["score"] for r in records["future_acc"]] == [0.0, 1.0]
+    assert [r["score"] for r in records["parse_failure_rate"]] == [1.0, 0.0]
+    assert {r["video"] for r in records["future_acc"]} == {"V1-33K/video_dataset/clips/u.mp4"}  # one cluster
+
+
 def test_macro_standard_error_by_hand(utils):
     # hop1: 1, 0 (mean 1/2, s^2 = 1/2); hop2: 1, 1, 0 (mean 2/3, s^2 = 1/3). Every item its own video:
     # Var = (1/2 / 2 + 1/3 / 3) / 2^2 = (1/4 + 1/9) / 4 = 13/144
@@ -687,7 +748,7 @@ def test_a_response_is_used_again_only_for_the_same_question(checkpoint, tmp_pat
 
     generated = []
 
-    def answer(self, batch, bad, counts):
+    def answer(self, batch, bad):
         generated.append(len(batch))
         row = {"text": "x", "input_tokens": 1, "output_tokens": 1, "latent_tokens": 0}
         return {job.position: {"key": job.key, **row} for job in batch}

@@ -8,7 +8,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
-from future_l1_plugin.latent import LatentChannel, build_policy, latent_mask
+from future_l1_plugin.evaluation.interventions import Intervention, replayed, split_spans, zeroed
+from future_l1_plugin.latent import LatentChannel, SpanBudget, build_policy, latent_mask, spans_of
 from future_l1_plugin.model import LatentConfig, generate, load
 from future_l1_plugin.model.decode import _log_softmax_at
 
@@ -302,3 +303,47 @@ def test_bad_input(loaded, tmp_path):
     plain = make_tiny(tmp_path / "plain", latent=False)
     with pytest.raises(CheckpointError, match="future-l1 convert"):
         load(plain)
+
+
+# ---- budgets and interventions --------------------------------------------------------------------------------------
+
+
+def test_a_budget_replaces_the_checkpoint_s(loaded):
+    model, processor = loaded
+    inputs = prompts(processor, MIXED)
+    tokens = LatentConfig.from_hf(model.config).tokens
+    none = generate(model, inputs, max_new_tokens=STEPS, budget=SpanBudget(0))
+    assert sum(len(row) for row in none.latents) == 0
+    for ids in none.responses:
+        assert all(ids[i + 1] == tokens.end for i in (ids[:-1] == tokens.start).nonzero().flatten())
+    two = generate(model, inputs, max_new_tokens=STEPS, budget=SpanBudget(2, exact=True))
+    lengths = [n for ids in two.responses for _, n, closed in spans_of(ids.tolist(), tokens) if closed]
+    assert lengths and set(lengths) == {2}
+
+
+def test_replaying_its_own_latents_changes_nothing_and_others_are_fed(loaded):
+    """Rows open several spans that end by themselves or by the budget: every place is found again."""
+    model, processor = loaded
+    inputs = prompts(processor, MIXED)
+    tokens = LatentConfig.from_hf(model.config).tokens
+    alone = generate(model, inputs, max_new_tokens=STEPS)
+    spans = [split_spans(text, z) for text, z in zip(alone.text, alone.latents, strict=True)]
+    assert max(map(len, spans)) > 1
+
+    def run(rows):
+        policy = Intervention(tokens, rows)
+        return generate(model, inputs, max_new_tokens=STEPS, policy=policy, on_token=policy.see)
+
+    again = run([replayed(row) if row else None for row in spans])
+    assert again.text == alone.text
+    assert all(torch.equal(a, b) for a, b in zip(again.latents, alone.latents, strict=True))
+
+    turned = run([replayed(row[::-1]) if len(row) > 1 else zeroed for row in spans])
+    for row, text, latents in zip(spans, turned.text, turned.latents, strict=True):
+        expected = row[::-1] if len(row) > 1 else None
+        for number, fed in enumerate(split_spans(text, latents)):
+            if expected is None:
+                assert not fed.any()
+            else:
+                wanted = expected[number % len(expected)]
+                assert torch.equal(fed, torch.stack([wanted[i % len(wanted)] for i in range(len(fed))]))

@@ -11,10 +11,15 @@ import pytest
 from future_l1_plugin import cli
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import DataError
+from future_l1_plugin.evaluation.compare import Paired
+from future_l1_plugin.evaluation.probe import Outcome, ProbeResult
+from future_l1_plugin.evaluation.probe_latents import Retrieval
+from future_l1_plugin.integrations.lmms_eval import Metric
 from future_l1_plugin.report import plot_rl_files, report_demo
 from future_l1_plugin.report.logs import RlLog, read_rl_log
 from future_l1_plugin.report.plots import rl_figure
-from future_l1_plugin.report.tables import COLUMNS, Run, Sample, paired_difference
+from future_l1_plugin.report.probe import report_probe
+from future_l1_plugin.report.tables import COLUMNS, Run, Sample, paired_difference, results_table
 
 KINDS = ["hop1", "hop2", "hop3", "hop5"] * 2
 #: Which of the 8 questions a run answered right.
@@ -162,6 +167,45 @@ def test_sft_runs_stay_required(demo, missing):
     out = demo(*({"base", "text", "latent", "la_dapo"} - {missing}))
     with pytest.raises(DataError, match=f"{missing}/eval"):
         report_demo(out)
+
+
+def test_cost_of_a_run():
+    """Two samples of 3 and 5 tokens and 0.5 and 1.5 seconds, one right: 1 s a sample, half a right answer a second."""
+    timed = [Sample(i, "hop1", i == 0, SPAN, tokens=3 + 2 * i, seconds=0.5 + i) for i in range(2)]
+    metrics = dict.fromkeys(COLUMNS, Metric(0.5, None))
+    header, (row, old) = results_table(
+        {
+            "a": Run("a", "a", metrics, timed),
+            "b": Run("b", "b", metrics, [Sample(0, "hop1", True, SPAN, tokens=7), timed[1]]),
+        }
+    )
+    cost = dict(zip(header, row, strict=True))
+    assert [cost[name] for name in ("spans", "latents", "tokens", "s a sample", "right a s")] == [
+        "1.00", "2.00", "4.0", "1", "0.5",
+    ]  # fmt: skip
+    assert old[-2:] == ["-", "-"]  # a log of an earlier version
+
+
+def test_probe_tables(tmp_path, capsys):
+    def outcome(name, right, against=None):
+        samples = [Sample(i, "hop1", mark == "1", SPAN) for i, mark in enumerate(right)]
+        return Outcome(
+            name, Metric(right.count("1") / len(right), 0.1), against, None if against is None else 3, samples
+        )
+
+    spoilt = outcome("zeroed", "1000", Paired(4, -0.25, 0.125, gained=1, lost=2))
+    hop = {"question_type": "all", "responses": 4, "spans": 1.0, "latents": 2.0, "text_tokens": 3.5}
+    hops = [hop | {"adjacent_cosine": None, "two_spans": 0}]
+    found = Retrieval(9, 3, 16, Metric(0.5, 0.125), 1 / 16, Metric(0.25, None), 0.2)
+    report_probe(ProbeResult([outcome("left alone", "1100"), spoilt], hops, found, {"hash": "x"}), tmp_path)
+    table = (tmp_path / "probe.md").read_text()
+    assert "| left alone | 50.0 ± 10.0 | - | - | - | - | - | 2.00 |" in table
+    assert "| zeroed | 25.0 ± 10.0 | -25.0 ± 12.5 | -49.5 to -0.5 | 1 | 2 | 3 | 2.00 |" in table
+    assert "| all | 4 | 1.00 | 2.00 | 3.50 | - |" in table
+    assert "nearest of 16 in 50.0 ± 12.5% (chance 6.2), of its clip's frames in 25.0% (chance 20.0)" in table
+    assert table in capsys.readouterr().out and is_picture(tmp_path / "probe.png")
+    numbers = json.loads((tmp_path / "probe.json").read_text())
+    assert numbers["conditions"]["zeroed"]["against"]["lost"] == 2 and numbers["retrieval"]["spans"] == 9
 
 
 def test_paired_difference_needs_the_same_questions():

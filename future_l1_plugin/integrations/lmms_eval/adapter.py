@@ -12,8 +12,8 @@ Not supported (an error says so): log-likelihood tasks, multi-round tasks, audio
 import inspect
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
+from future_l1_plugin.integrations.lmms_eval.provenance import announce
 from future_l1_plugin.integrations.lmms_eval.settings import Generation, flag, json_object, one_of, positive, whole
 from future_l1_plugin.journal import Journal, checkpoint_mark, key_of
 from future_l1_plugin.latent import build_policy
-from future_l1_plugin.model import LatentConfig, chat_template, generate, load
+from future_l1_plugin.model import LatentConfig, LatentOutput, chat_template, generate, load
 from future_l1_plugin.model.batch import left_padded
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -135,7 +136,10 @@ class FutureL1(lmms):
         self._resume, self._skip_bad = flag("resume", resume), flag("skip_bad", skip_bad)
 
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # As lmms-eval counts them: of two processes without a GPU accelerate believes that each is alone.
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._rank = torch.distributed.get_rank() if shared else 0
+        self._world_size = torch.distributed.get_world_size() if shared else 1
         self._device = self._choose_device(device)
         self._model = self._build = None  # made by _ensure_model
         self._identity = {
@@ -150,6 +154,7 @@ class FutureL1(lmms):
         path = Path(self.pretrained).resolve() if Path(self.pretrained).exists() else Path(self.pretrained)
         default = Path("outputs/lmms_eval") / f"{path.name}-{key_of(str(path))[:8]}.jsonl"
         self._log = Journal(responses or default, self._rank)
+        announce(self.describe)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "FutureL1":
@@ -196,6 +201,7 @@ class FutureL1(lmms):
     def _ensure_model(self) -> None:
         if getattr(self, "_model", None) is not None:  # lmms.clean() deletes it
             return
+        torch.set_flush_denormal(True)  # a small model is full of such numbers, on which a CPU is slow
         self._model, processor = load(
             self.pretrained, self._device, self.dtype, self.attn_implementation, **self._budget
         )
@@ -207,35 +213,68 @@ class FutureL1(lmms):
     def device(self) -> torch.device:
         return self._device
 
+    def describe(self) -> dict[str, Any]:
+        """What its answers depend on, as JSON, for results.json: weights by hash, and what runs must share or tell."""
+        from transformers import AutoConfig, AutoProcessor
+
+        from future_l1_plugin.data.rollouts import fingerprint
+
+        processor = AutoProcessor.from_pretrained(self.pretrained)
+        template = processor.chat_template or ""
+        if self.system_prompt is not None or "default_system" not in template:  # as `_ensure_model` and `load` do
+            template = chat_template() if self.system_prompt is None else chat_template(self.system_prompt)
+        sizes = {kind: getattr(processor, f"{kind}_processor").size for kind in ("image", "video")}
+        config = LatentConfig.from_hf(AutoConfig.from_pretrained(self.pretrained))
+        return {
+            "checkpoint": self.pretrained,
+            "hash": key_of(*fingerprint(self.pretrained)),
+            "frames": self._view["max_num_frames"],
+            "pixels": {
+                "min": self._view["min_pixels"],
+                "max": self._view["max_pixels"],
+                **{kind: [size["shortest_edge"], size["longest_edge"]] for kind, size in sizes.items()},
+            },
+            "prompt": {"template": key_of(template), "system_prompt": self.system_prompt},
+            "decoding": {
+                "dtype": self.dtype,
+                "attention": self.attn_implementation,
+                "policy": self._identity["policy"],
+                "budget": asdict(replace(config, **self._budget).budget),
+            },
+        }
+
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Responses in the order of the requests, special tokens kept."""
-        results: list[GenerationResult | None] = [None] * len(requests)
+        return [_result(row) if row else GenerationResult("") for row in self._respond(requests)]
+
+    def _respond(self, requests: list[Instance]) -> list[dict[str, Any] | None]:
+        """Rows of the response log in the order of the requests; None: padding, or bad media that is skipped."""
+        rows: list[dict[str, Any] | None] = [None] * len(requests)
         known = self._log.read() if self._resume else {}
         pending = []
-        for job in self._jobs(requests):
-            if job.request.metadata.get("__padding_only__"):  # evens out the ranks; its result is thrown away
-                results[job.position] = GenerationResult("")
-            elif row := known.get(job.key):
-                results[job.position] = _result(row)
+        for batch in self._batches(self._jobs(requests)):
+            # All or nothing: who shares a batch has a say in the last digits, so a broken-off run keeps its batches.
+            if all(job.key in known for job in batch):
+                for job in batch:
+                    rows[job.position] = known[job.key]
             else:
-                pending.append(job)
-        logger.info(f"future_l1: {len(pending)} of {len(requests)} responses to generate; kept in {self._log.path}")
+                pending.append(batch)
+        missing = sum(map(len, pending))
+        logger.info(f"future_l1: {missing} of {len(requests)} responses to generate; kept in {self._log.path}")
 
         bad: dict[tuple, str] = {}
-        counts: Counter[str] = Counter()
-        done = len(requests) - len(pending)
+        done = len(requests) - missing
         with tqdm(total=len(requests), initial=done, desc="future_l1", unit="sample", disable=self.rank != 0) as bar:
-            for batch in self._batches(pending):
-                rows = self._answer(batch, bad, counts)
-                self._log.append(rows.values())
-                for job in batch:
-                    row = rows.get(job.position)
-                    results[job.position] = _result(row) if row else GenerationResult("")
+            for batch in pending:
+                answers = self._answer(batch, bad)
+                self._log.append(answers.values())
+                for position, row in answers.items():
+                    rows[position] = row
                 bar.update(len(batch))
-        self._report(len(pending), bad, counts)
-        return results
+        self._report(rows, bad)
+        return rows
 
     def _jobs(self, requests: list[Instance]) -> Iterator[_Job]:
         copies: Counter[tuple] = Counter()
@@ -251,9 +290,10 @@ class FutureL1(lmms):
                 [task, split, doc_id, described(to_messages(self.task_dict[task][split][doc_id]))],
                 [copy, torch.initial_seed()] if random else None,
             )
-            yield _Job(position, key, generation, request)
+            if not request.metadata.get("__padding_only__"):  # evens out the ranks; its result is thrown away
+                yield _Job(position, key, generation, request)
 
-    def _batches(self, jobs: list[_Job]) -> Iterator[list[_Job]]:
+    def _batches(self, jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
         """Jobs of equal settings together, long prompts first: what does not fit into memory fails at once."""
         groups = defaultdict(list)
         for job in jobs:
@@ -264,7 +304,7 @@ class FutureL1(lmms):
                 yield group[start : start + self.batch_size]
 
     @torch.inference_mode()
-    def _answer(self, batch: list[_Job], bad: dict[tuple, str], counts: Counter[str]) -> dict[int, dict[str, Any]]:
+    def _answer(self, batch: list[_Job], bad: dict[tuple, str]) -> dict[int, dict[str, Any]]:
         """Rows for the response log by position. Samples with bad media go to `bad` and get none."""
         self._ensure_model()
         good, inputs = [], []
@@ -283,40 +323,50 @@ class FutureL1(lmms):
         output = generate(
             self._model,
             left_padded(inputs, self._build.processor.tokenizer.pad_token_id, self._device),
-            policy=self.policy,
             max_new_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
             top_p=generation.top_p,
             top_k=generation.top_k,
             generator=torch.Generator(self._device).manual_seed(seed),
+            **self._decoding(good),
         )
-        counts["ms"] += round(1000 * (time.perf_counter() - began))
+        seconds = (time.perf_counter() - began) / len(good)
         rows = {}
-        for job, sample, text, response, latents in zip(
-            good, inputs, output.text, output.responses, output.latents, strict=True
-        ):
+        for i, (job, sample) in enumerate(zip(good, inputs, strict=True)):
             task, split, doc_id = job.document
             rows[job.position] = {
                 "key": job.key,
                 "task": task,
                 "split": split,
                 "doc_id": doc_id,
-                "text": generation.cut(text),
+                "text": generation.cut(output.text[i]),
                 "input_tokens": sample["input_ids"].shape[1],
-                "output_tokens": len(response),
-                "latent_tokens": len(latents),
+                "output_tokens": len(output.responses[i]),
+                "latent_tokens": len(output.latents[i]),
+                "seconds": round(seconds, 6),
+                **self._kept(output, i),
             }
-            counts["tokens"] += len(response)
-            counts["latents"] += len(latents)
         return rows
 
-    def _report(self, requests: int, bad: dict[tuple, str], counts: Counter[str]) -> None:
-        seconds = counts["ms"] / 1000
+    def _decoding(self, jobs: list[_Job]) -> dict[str, Any]:
+        """Where the latents of these rows come from, as arguments of `generate`."""
+        return {"policy": self.policy}
+
+    def _kept(self, output: LatentOutput, i: int) -> dict[str, Any]:
+        """More fields, as JSON, of the row in the response log that row i of `output` becomes."""
+        return {}
+
+    def _report(self, rows: list[dict[str, Any] | None], bad: dict[tuple, str]) -> None:
+        """The cost of all responses, also of those read again (`throughput` in results.json); then the bad samples."""
+        timed = [row for row in rows if row and "seconds" in row]  # logs of earlier versions have no times
+        seconds, tokens, latents = (
+            sum(row[name] for row in timed) for name in ("seconds", "output_tokens", "latent_tokens")
+        )
         log_metrics(
             total_elapsed_time=seconds,
-            total_gen_tokens=counts["tokens"],
-            avg_speed=counts["tokens"] / seconds if seconds else 0.0,
-            additional_metrics={"total_requests": requests, "latent_tokens": counts["latents"]},
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={"total_requests": len(timed), "latent_tokens": latents},
         )
         if not bad:
             return
@@ -339,8 +389,23 @@ class FutureL1(lmms):
         )
 
 
+@dataclass
+class _Counts(TokenCounts):
+    """lmms-eval's counts and the seconds that the sample took, for the logged samples."""
+
+    seconds: float | None = field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | ({} if self.seconds is None else {"seconds": self.seconds})
+
+
 def _result(row: dict[str, Any]) -> GenerationResult:
-    counts = TokenCounts(
-        input_tokens=row["input_tokens"], output_tokens=row["output_tokens"], reasoning_tokens=row["latent_tokens"]
+    """A row of the response log as lmms-eval takes it. `seconds`: the sample's share of its batch's time in `generate`
+    (the prompt's pass and decoding, not the reading of videos); logs of earlier versions have none."""
+    counts = _Counts(
+        input_tokens=row["input_tokens"],
+        output_tokens=row["output_tokens"],
+        reasoning_tokens=row["latent_tokens"],
+        seconds=row.get("seconds"),
     )
     return GenerationResult(text=row["text"], token_counts=counts)
