@@ -223,6 +223,14 @@ def _balanced(rng: random.Random, count: int, avoid: set[tuple]) -> Iterator[Que
         yield question
 
 
+def held_out_questions(seed: int, count: int) -> Iterator[Question]:
+    """The first `count` test questions of the worlds with this seed; no two of them share a scene."""
+    scenes: set[tuple] = set()
+    for question in _balanced(random.Random(f"test {seed}"), count, avoid=scenes):
+        scenes.add(question.scene.key)
+        yield question
+
+
 def futurebench_item(question: Question, name: str, video_path: str) -> dict:
     """The question in FutureBench's schema."""
     return {
@@ -381,7 +389,7 @@ def make_world(
 
     items, records, seen_only = [], [], []
     test_scenes: set[tuple] = set()
-    for i, question in enumerate(_balanced(random.Random(f"test {seed}"), size.test, avoid=test_scenes)):
+    for i, question in enumerate(held_out_questions(seed, size.test)):
         test_scenes.add(question.scene.key)
         items.append(futurebench_item(question, name := f"micro-test-{i:05d}", path := f"test/{name}.mp4"))
         film(path, lambda q=question: seen_clip(q.scene, q.ask), 2 / SECONDS_A_STEP)

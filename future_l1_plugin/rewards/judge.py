@@ -100,14 +100,14 @@ def render_prompt(template: str, question: str, reference: str, answer: str) -> 
     the same texts, so that it can be looked up in the cache.
     """
     texts = {"{question}": question, "{reference}": reference, "{answer}": answer}
-    texts = {name: _harmless(text) for name, text in texts.items()}
+    texts = {name: harmless(text) for name, text in texts.items()}
     mark = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:12]
     blocks = {name: f"<{name[1:-1]}-{mark}>\n{text}\n</{name[1:-1]}-{mark}>" for name, text in texts.items()}
     # In one pass: an answer that contains "{reference}" stays as it is.
     return re.sub("|".join(map(re.escape, PLACEHOLDERS)), lambda found: blocks[found[0]], template)
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Chat markers such as `<|im_end|>` broken up, since servers read them as the end of the turn; lone surrogates,
     which cannot be sent, replaced."""
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -128,13 +128,26 @@ def read_verdict(reply: str) -> bool:
     Raises:
         MalformedReply: no such key, another value, or two verdicts that differ.
     """
+    verdicts = {_truth(value, reply) for key, value in stated(reply) if key == "correct"}
+    if len(verdicts) != 1:
+        found = "no verdict" if not verdicts else "verdicts that contradict each other"
+        raise MalformedReply(f'expected {{"correct": true}} or {{"correct": false}}, found {found} in {shorten(reply)}')
+    return verdicts.pop()
+
+
+def stated(reply: str) -> list[tuple[str, Any]]:
+    """Every key, in small letters, and value of the JSON objects in a judge's reply, at any depth; thoughts left out.
+
+    Raises:
+        MalformedReply: objects too deep to be read.
+    """
     text = _THOUGHT_END.split(_THOUGHT.sub("", reply))[-1]
     text = re.sub(r":\s*(True|False)\b", lambda found: found[0].lower(), text)  # Python's spelling
-    values: list[Any] = []
+    found: list[tuple[str, Any]] = []
 
     def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # Called for every object, inner ones too, and with repeated keys, of which a dict would keep the last.
-        values.extend(value for key, value in pairs if key.strip().casefold() == "correct")
+        found.extend((key.strip().casefold(), value) for key, value in pairs)
         return dict(pairs)
 
     decoder = json.JSONDecoder(object_pairs_hook=look)
@@ -147,11 +160,7 @@ def read_verdict(reply: str) -> bool:
         except RecursionError:
             raise MalformedReply(f"expected one small JSON object, found {shorten(text)}") from None
         position = text.find("{", end)
-    verdicts = {_truth(value, reply) for value in values}
-    if len(verdicts) != 1:
-        found = "no verdict" if not verdicts else "verdicts that contradict each other"
-        raise MalformedReply(f'expected {{"correct": true}} or {{"correct": false}}, found {found} in {shorten(reply)}')
-    return verdicts.pop()
+    return found
 
 
 def _truth(value: Any, reply: str) -> bool:
