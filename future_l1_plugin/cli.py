@@ -109,6 +109,7 @@ def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perception", type=int, default=0, help="records in perception.json (default: 0)")
     parser.add_argument("--read-options", action="store_true", help="half of the perception records read the options")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same world (default: 0)")
+    parser.add_argument("--twiffbench", type=int, metavar="N", help="also its first N questions as a TwiFF-Bench")
 
 
 def _world(args: argparse.Namespace) -> int:
@@ -116,6 +117,10 @@ def _world(args: argparse.Namespace) -> int:
 
     world = make_world(args.out, args.test, args.train, args.perception, args.seed, args.read_options)
     print(f"micro world: {world.root}")
+    if args.twiffbench is not None:
+        from future_l1_plugin.data.twiff_world import make_twiffbench
+
+        print(f"micro TwiFF-Bench: {make_twiffbench(world.root, args.twiffbench)}")
     return 0
 
 
@@ -198,6 +203,71 @@ def _curate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _judge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", help="--output_path of lmms-eval, run on twiffbench with --log_samples")
+    parser.add_argument(
+        "--judge", action="append", default=[], metavar="YAML", help="keys of EndpointSettings; repeatable"
+    )
+    parser.add_argument("--model", help="instead: a judge with default settings, by the name of its model")
+    parser.add_argument("--base-url", metavar="URL", help="where that is served (default: OpenAI)")
+
+
+def _judge(args: argparse.Namespace) -> int:
+    from future_l1_plugin.config import load_recipe
+    from future_l1_plugin.endpoint import EndpointSettings
+    from future_l1_plugin.errors import ConfigError
+    from future_l1_plugin.evaluation.judging import judge_run, print_judged
+
+    if bool(args.judge) == bool(args.model) or (args.base_url and not args.model):
+        raise ConfigError("expected either --judge YAML [--judge YAML ..], or --model M [--base-url URL]")
+    judges = [load_recipe(file, EndpointSettings) for file in args.judge]
+    if args.model:
+        place = {"base_url": args.base_url} if args.base_url else {}
+        judges.append(EndpointSettings(model=args.model, **place))
+    return 0 if print_judged(judge_run(args.output, judges)) else 1
+
+
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="latent checkpoint: folder or hub id")
+    parser.add_argument("--task", default="futurebench", choices=["futurebench"])
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions (default: all)")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--out", default="outputs/probe", help="folder of tables and responses (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise, shuffling, swapping and pools (default: 0)")
+    parser.add_argument("--model-args", default="", help="further arguments of the model, as lmms-eval's --model_args")
+    parser.add_argument("--gen-kwargs", help="as lmms-eval's --gen_kwargs, such as max_new_tokens=128")
+    parser.add_argument("--records", help="TwiFF records whose future frames are looked for in the latents")
+    parser.add_argument("--videos", metavar="ROOT", help="folder that the videos of --records are relative to")
+    parser.add_argument("--pool", type=int, default=16, help="frames that a span's own is looked for in (default: 16)")
+    parser.add_argument("--question-media", default="images", choices=["images", "video"], help="as in SFT")
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from future_l1_plugin.data import load_records
+    from future_l1_plugin.evaluation.probe import RecordsToShow, probe
+    from future_l1_plugin.report.probe import report_probe
+
+    show = None
+    if args.records:
+        show = RecordsToShow(load_records(args.records, args.videos), args.pool, args.question_media)
+    settings = (args.limit, args.batch_size, args.seed, args.model_args, args.gen_kwargs, show)
+    report_probe(probe(args.model, args.out, *settings), args.out)
+    return 0
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help="--output_path of lmms-eval, run on futurebench with --log_samples")
+    parser.add_argument("b", help="another one, of the same questions")
+    parser.add_argument("--anyway", action="store_true", help="even if data, frames or prompts differ")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from future_l1_plugin.evaluation.compare import compare, show
+
+    show(compare(args.a, args.b, args.anyway))
+    return 0
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", help="output of scripts/demo.sh")
     parser.add_argument("--rl", nargs="+", metavar="FILE", help="instead: metrics files of runs of verl, to be plotted")
@@ -226,8 +296,11 @@ COMMANDS = (
     Command("generate", "ask a latent checkpoint about a video or pictures", _generate_arguments, _generate),
     Command("world", "draw the micro world: videos, questions, training records", _world_arguments, _world),
     Command("curate", "choose the records whose future frames help a base model most", _curate_arguments, _curate),
+    Command("judge", "score logged answers to TwiFF-Bench by one or several judges", _judge_arguments, _judge),
     Command("data", "check records and videos before training", _data_arguments, _data),
     Command("tiny", "write a latent Qwen3-VL of two million parameters", _tiny_arguments, _tiny),
+    Command("probe", "ask whether the latents matter: spoil them, and count answers", _probe_arguments, _probe),
+    Command("compare", "the paired difference of two futurebench runs", _compare_arguments, _compare),
     Command("report", "table and pictures of a demo run, or curves of RL runs", _report_arguments, _report),
 )
 

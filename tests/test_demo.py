@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,45 @@ def test_data_commands(repository, environment, demo):
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert json.loads((demo / "checked" / "summary.json").read_text())["clean"] == 64
     assert (demo / "curated" / "summary.json").exists()
+
+
+def test_probe_commands(repository, environment, demo):
+    """Those under "Do the latents matter?": few questions, and a checkpoint that opens a span first, as after two steps
+    of SFT hardly one does."""
+    shutil.copytree(demo / "latent" / "final", demo / "opens")
+    config = json.loads((demo / "opens" / "config.json").read_text())
+    (demo / "opens" / "config.json").write_text(json.dumps(config | {"force_initial_latent_mode": True}))
+    for command in commands(repository, "Do the latents matter\\?"):
+        command = command.replace("outputs/demo/latent/final", f"{demo}/opens").replace("outputs/demo", str(demo))
+        command = command.replace("outputs/", f"{demo}/").replace("--train 256", "--train 16")
+        command = command.replace("max_new_tokens=128", "max_new_tokens=24 --limit 4 --pool 4")
+        result = subprocess.run(
+            command, shell=True, cwd=repository, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    probed = json.loads((demo / "probe" / "probe.json").read_text())
+    assert {"left alone", "zeroed", "swapped", "budget 0"} <= set(probed["conditions"]) and probed["retrieval"]
+    assert (demo / "probe" / "probe.png").stat().st_size > 100
+
+
+def test_twiffbench_commands(repository, environment, demo):
+    """Those under "TwiFF-Bench": four items, answered and judged."""
+    block = "\n".join(commands(repository, "TwiFF-Bench")).replace("outputs/twiffbench", f"{demo}/judged")
+    block = block.replace("outputs/demo", str(demo)).replace("--twiffbench 240", "--test 16 --train 64 --twiffbench 4")
+    script = f"set -e\ntrap 'kill $(jobs -p)' EXIT\n{block}".replace("8123", str(_free_port()))
+    result = subprocess.run(
+        ["bash", "-c", script],
+        cwd=repository, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    (judged,) = (demo / "judged").rglob("*_judged.json")
+    assert json.loads(judged.read_text())["judges"]["micro-judge"]["judged"] == 4
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_full_size_sft_commands(repository, environment, demo):
