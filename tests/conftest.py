@@ -1,6 +1,7 @@
 """Shared by all tests: no hub, few threads, one tiny checkpoint, and skips that say why."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def torch_threads() -> None:
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Training and evaluation flush them to zero in their process: give them back to the test that follows."""
+    import torch
+
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,6 @@ from future_l1_plugin.model import LatentConfig, load
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def denormals():
-    """A run flushes denormal numbers in its process; give them back to the tests that follow."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), test=0, train=32, seed=0, progress=False)

@@ -32,13 +32,6 @@ TOLERANCE = 1e-4
 WITHOUT_TIED = "['lm_head', 'embed_tokens']"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def denormals():
-    """A run flushes denormal numbers in its process; give them back to the tests that follow."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), test=0, train=64, seed=0, progress=False)
