@@ -8,7 +8,6 @@ An item (schema of futurebench.json in haonan3/V1-33K):
      "qa": {"Question": .., "Options": {"A": .., "B": .., "C": .., "D": ..}, "Answer": "B"}}
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from future_l1_plugin.data.prompts import multiple_choice_prompt
 from future_l1_plugin.errors import ConfigError, DataError
+from future_l1_plugin.integrations.lmms_eval.items import store_items
 from future_l1_plugin.integrations.lmms_eval.provenance import data_hash, provenance
 from future_l1_plugin.rewards.answer import option_letter
 
@@ -57,17 +57,7 @@ def prepare() -> Path:
     source, items = read_items()
     docs = check_items(items, source)
     check_videos(docs)
-    text = "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs)
-    import datasets
-
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    target = Path(datasets.config.HF_DATASETS_CACHE) / "future_l1_plugin" / f"futurebench-{digest}.jsonl"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")  # several ranks may be here at once
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    return target
+    return store_items("futurebench", docs)
 
 
 def read_items() -> tuple[str, list[Any]]:

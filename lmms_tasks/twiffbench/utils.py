@@ -4,8 +4,6 @@ lmms-eval executes this file anew for every `!function` of twiffbench.yaml, so n
 judge is in `future_l1_plugin.evaluation.judging`, once for all.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -14,43 +12,51 @@ from typing import Any
 
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.evaluation.twiffbench import HUB, SHOWN, Item, Scores, interleaved, load_items
+from future_l1_plugin.integrations.lmms_eval.items import items_folder, store_items
+from future_l1_plugin.integrations.lmms_eval.provenance import data_hash, provenance
+
+VERSION = 1.0
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def __getattr__(name: str) -> Any:
-    """`dataset_kwargs` for the YAML: an attribute that is computed when the task is loaded, not when it is listed."""
+    """Attributes for the YAML that are computed when the task is loaded, not when it is listed."""
     if name == "dataset_kwargs":
         from future_l1_plugin.evaluation.judging import bench_judge
 
         bench_judge.cache_clear()  # in one process a next run may have other settings, or the judge be back
         _judge()  # settings are checked before anything is generated
         return {"data_files": {"test": str(prepare())}}
+    if name == "metadata":
+        return {"version": VERSION, "future_l1": provenance(_data())}
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def prepare() -> Path:
-    """Read and check the items; store them, and pictures that were embedded, in the datasets cache.
+    """Read, check and store the items; return the file for `datasets`."""
+    return store_items("twiffbench", (asdict(item) for item in read_items()))
 
-    Returns the file for `datasets`; its name contains its content's hash. Raises DataError: see `load_items`.
-    """
-    import datasets
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "future_l1_plugin"
+def read_items() -> list[Item]:
+    """All items, checked; pictures that were embedded are stored in the datasets cache. Errors: see `load_items`."""
     local = os.environ.get("TWIFFBENCH_DATA")
     try:
-        items = load_items(Path(local).expanduser() if local else HUB, folder / "twiffbench-pictures")
+        return load_items(Path(local).expanduser() if local else HUB, items_folder() / "twiffbench-pictures")
     except DataError as error:
         mend = "TWIFFBENCH_DATA names it." if local else "Or set TWIFFBENCH_DATA to a local folder or file of it."
         raise DataError(f"{error}\n{mend}") from error
-    text = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
-    target = folder / f"twiffbench-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")  # several ranks may be here at once
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    return target
+
+
+def _data() -> dict[str, Any]:
+    """What `provenance` tells of the items: pictures by size, wherever they lie."""
+    items = read_items()
+    texts = [{key: value for key, value in asdict(item).items() if not key.endswith("_images")} for item in items]
+    pictures = {
+        f"{item.id} {i}": file for item in items for i, file in enumerate(item.question_images + item.chain_images)
+    }
+    source = os.environ.get("TWIFFBENCH_DATA") or HUB
+    return {"source": source, "items": len(items), "hash": data_hash(texts, pictures)}
 
 
 # ---- prompt ---------------------------------------------------------------------------------------------------------

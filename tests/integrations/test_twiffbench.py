@@ -13,7 +13,7 @@ from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
 from future_l1_plugin.data.twiff_world import make_twiffbench
 from future_l1_plugin.errors import ConfigError, DataError
-from future_l1_plugin.integrations.lmms_eval.results import read_results, read_samples
+from future_l1_plugin.integrations.lmms_eval.results import read_results, read_samples, results_file
 from future_l1_plugin.integrations.lmms_eval.settings import Generation
 from future_l1_plugin.paths import lmms_tasks_dir
 
@@ -112,6 +112,9 @@ def test_from_the_micro_world_to_judged_scores(evaluated, judge_file, monkeypatc
     assert "answers were NOT judged" in log
     assert read_results(evaluated / "out", "twiffbench")["average"].value is None
     assert read_results(evaluated / "out", "futurebench")["future_acc"].value is not None
+    for task in ("twiffbench", "futurebench"):
+        told = json.loads(results_file(evaluated / "out").read_text())["configs"][task]["metadata"]["future_l1"]
+        assert told["data"]["items"] and told["data"]["hash"] and told["model"]["hash"] and told["versions"]["torch"]
     samples = read_samples(evaluated / "out", "twiffbench")
     assert [sample["judged"]["item"]["id"] for sample in samples] == [f"micro-test-{i:05d}" for i in range(ITEMS)]
     assert [sample["judged"]["response"] for sample in samples] == [sample["filtered_resps"] for sample in samples]
