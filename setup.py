@@ -62,5 +62,6 @@ setup(
         "console_scripts": ["future-l1 = future_l1_plugin.cli:main"],
         "verl.plugins": ["future_l1 = future_l1_plugin.integrations.verl.plugin"],
         "lmms_eval.models": ["future_l1 = future_l1_plugin.integrations.lmms_eval.registry:manifests"],
+        "vllm.general_plugins": ["future_l1 = future_l1_plugin.integrations.vllm:register"],
     },
 )

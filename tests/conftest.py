@@ -1,6 +1,9 @@
 """Shared by all tests: no hub, few threads, one tiny checkpoint, and skips that say why."""
 
+import importlib.metadata
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,20 @@ import pytest
 
 # Before transformers is imported, which reads it once: no test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _make_vllm_cpu_fit() -> None:
+    """With vllm-cpu: what `vllm_cpu/vllm_cpu_tests.py` says, for this process and those that tests start."""
+    here = str(Path(__file__).parent / "vllm_cpu")
+    sys.path.insert(0, here)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    # The interpreter before Triton is first imported, which reads it once.
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+
+if importlib.util.find_spec("vllm") and any(importlib.metadata.distributions(name="vllm-cpu")):
+    _make_vllm_cpu_fit()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         if verl_flavour() != "easyr1":
             _skip(items, "easyr1", "needs EasyR1, which cannot be installed beside upstream verl")
+    if importlib.util.find_spec("vllm") is None:
+        _skip(items, "vllm", "needs vLLM, or vllm-cpu on a machine without a GPU")
     if config.getoption("--qwen-vl-finetune") is None:
         _skip(items, "qwen_vl_finetune", "needs a checkout of Qwen-VL-Series-Finetune: --qwen-vl-finetune PATH")
 

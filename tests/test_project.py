@@ -201,6 +201,7 @@ def test_wheel_metadata_comes_from_the_table(wheel):
     assert re.search(r"^Requires-Python: >=3\.11$", read["METADATA"], re.MULTILINE)
     entries = read["entry_points.txt"]
     assert "future-l1 = future_l1_plugin.cli:main" in entries
+    assert "[vllm.general_plugins]\nfuture_l1 = future_l1_plugin.integrations.vllm:register" in entries
     assert "[lmms_eval.models]\nfuture_l1 = future_l1_plugin.integrations.lmms_eval.registry:manifests" in entries
 
 
@@ -344,14 +345,14 @@ def test_top_level_layout(repository):
 
 
 def test_makefile_targets_and_ci(repository):
-    for target in ("setup", "demo", "test", "lint", "clean"):
+    for target in ("setup", "demo", "test", "test-vllm", "lint", "clean"):
         command = ["make", "--dry-run", "--no-print-directory", target]
         done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if target in ("demo", "test", "lint"):
+        if target in ("demo", "test", "test-vllm", "lint"):
             assert done.stdout.splitlines()[0].startswith("scripts/setup.sh"), f"make {target} sets up first"
     ci = (repository / ".ci" / "run").read_text()
-    assert "set -euo pipefail" in ci and "make lint\nmake test\n" in ci
+    assert "set -euo pipefail" in ci and "make lint\nmake test\nmake test-vllm\n" in ci
     for script in [repository / ".ci" / "run", *(repository / "scripts").glob("*.sh")]:
         assert script.stat().st_mode & 0o111, f"{script} is not executable"
         subprocess.run(["bash", "-n", script], check=True)

@@ -37,6 +37,10 @@ class Deterministic(Policy):
         check_matrix("mu", mu)
         return mu
 
+    def place(self, mu: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
+        """mu itself."""
+        return mu
+
     def log_prob(self, mu: Tensor, z: Tensor) -> Tensor:
         """Zeros, so that latents contribute nothing to a probability ratio. Attached to mu's graph, with gradient 0."""
         check_pair(mu, "z", z)
@@ -105,17 +109,8 @@ class VonMisesFisher(Policy):
 
     @torch.no_grad()
     def place(self, mu: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
-        """The draw as a function of its noise, for callers with a random stream of their own for each row.
-
-        Args:
-            mu: floating (N, H).
-            uniform: float64 (N,) in [0, 1).
-            normal: floating (N, H), standard normal.
-
-        Returns:
-            z (N, H) in mu's dtype. The angle between z and mu is the `uniform` quantile of its distribution (accuracy:
-            see `sphere.angle_table`), the direction in which z leaves mu is that of `normal` in the tangent space.
-        """
+        """See `Policy.place`. The angle between z and mu is the `uniform` quantile of its distribution (accuracy: see
+        `sphere.angle_table`), the direction in which z leaves mu is that of `normal` in the tangent space."""
         d = mu.shape[1]
         angles, cdf = angle_table(d, self.kappa(d), mu.device)
         # cdf[cell] <= uniform < cdf[cell + 1], so a cell without mass is never hit and the division is safe.
@@ -166,7 +161,12 @@ class Gaussian(Policy):
         """See `Policy.sample`. H normal numbers a row."""
         check_matrix("mu", mu)
         noise = torch.randn(mu.shape, dtype=result_dtype(mu), device=mu.device, generator=generator)
-        return (mu + self.sigma * noise).to(mu.dtype)
+        return self.place(mu, noise, noise)
+
+    @torch.no_grad()
+    def place(self, mu: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See `Policy.place`; `uniform` is not used."""
+        return (mu + self.sigma * normal).to(mu.dtype)
 
     def log_prob(self, mu: Tensor, z: Tensor) -> Tensor:
         """-||z - mu||^2 / (2 sigma^2) - (H/2) log(2 pi sigma^2)."""

@@ -35,6 +35,19 @@ class Policy:
         """
         raise NotImplementedError
 
+    def place(self, mu: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
+        """The draw as a function of its noise, for callers with a random stream of their own for each row.
+
+        Args:
+            mu: floating (N, H).
+            uniform: float64 (N,) in [0, 1).
+            normal: floating (N, H), standard normal.
+
+        Returns:
+            z (N, H) in mu's dtype.
+        """
+        raise NotImplementedError
+
     def log_prob(self, mu: Tensor, z: Tensor) -> Tensor:
         """Log-density of z, in nats, differentiable in mu; z counts as data.
 

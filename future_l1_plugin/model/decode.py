@@ -255,7 +255,7 @@ def _decode(
             record.latents.append(drawn)
             if record.means is not None:
                 record.means.append(mu)
-                record.end_logprobs.append(_log_softmax_at(logits, machine.tokens.end))
+                record.end_logprobs.append(log_softmax_at(logits, machine.tokens.end))
             feedback.rows = latent[:, None, None]
             feedback.latents = drawn[:, None]
 
@@ -266,7 +266,8 @@ def _decode(
     return input_ids
 
 
-def _log_softmax_at(logits: Tensor, token: int) -> Tensor:
+def log_softmax_at(logits: Tensor, token: int) -> Tensor:
     """log p(token) (B,) from logits (B, V), as precise near 0 as elsewhere: log(1 - p) can be had from it."""
-    others = logits.index_fill(1, torch.tensor([token], device=logits.device), -torch.inf)
+    others = logits.clone()
+    others[:, token] = -torch.inf  # by a number: an index tensor would have to be sent to the device at each step
     return torch.nn.functional.logsigmoid(logits[:, token] - others.logsumexp(-1))

@@ -11,7 +11,7 @@ from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.evaluation.interventions import Intervention, replayed, split_spans, zeroed
 from future_l1_plugin.latent import LatentChannel, SpanBudget, build_policy, latent_mask, spans_of
 from future_l1_plugin.model import LatentConfig, generate, load
-from future_l1_plugin.model.decode import _log_softmax_at
+from future_l1_plugin.model.decode import log_softmax_at
 
 STEPS = 40
 
@@ -215,7 +215,7 @@ def test_teacher_forced_pass_gives_back_logprobs_and_mu(loaded, policy, temperat
 
 def test_the_chance_to_go_on_survives_float32():
     """p(end) = 1 - e^-40 is 1 in float32; log(1 - p(end)) = -40 must come back from its logarithm."""
-    end = _log_softmax_at(torch.tensor([[0.0, 40.0], [40.0, 0.0], [0.0, 0.0]]), 1)
+    end = log_softmax_at(torch.tensor([[0.0, 40.0], [40.0, 0.0], [0.0, 0.0]]), 1)
     torch.testing.assert_close((-end.double().expm1()).log(), torch.tensor([-40.0, 0.0, -np.log(2)]).double())
 
 

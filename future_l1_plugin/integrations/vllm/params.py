@@ -1,0 +1,77 @@
+"""What a request may ask for, in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`, hence flat keys).
+
+latent_policy       deterministic (default) | vmf | gaussian
+latent_kappa, latent_mean_cosine, latent_sigma      the policy's keys, as in `build_policy`
+latent_seed         whole number, of the latents' noise (default 0); tokens have `SamplingParams.seed`
+latent_limit        latents a span may hold, at least 0 (default: the checkpoint's rule)
+latent_exact        1: the model cannot end a span before the limit (default: the checkpoint's rule)
+latent_head         0: mu is the hidden state itself, whatever head the checkpoint has (default 1)
+latent_return       latents (default) | means (also mu and log p(end), as a rollout needs) | none
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.latent.policy import build_policy
+from future_l1_plugin.latent.policy_base import Policy
+from future_l1_plugin.latent.spans import SpanBudget
+
+RETURNS = ("none", "latents", "means")
+#: The scheduler's own key: latents of a preempted request, on their way back to the worker.
+REPLAY = "_latent_replay"
+_POLICY_KEYS = ("kappa", "mean_cosine", "sigma")
+_KEYS = tuple(f"latent_{key}" for key in ("policy", *_POLICY_KEYS, "seed", "limit", "exact", "head", "return"))
+
+
+@dataclass(frozen=True)
+class LatentParams:
+    """One request's settings. None = as the checkpoint says."""
+
+    policy: tuple[tuple[str, Any], ...]  # keys and values of `build_policy`
+    seed: int
+    limit: int | None
+    exact: bool | None
+    head: bool
+    returns: str  # one of RETURNS
+
+    @classmethod
+    def parse(cls, extra_args: dict[str, Any] | None) -> "LatentParams":
+        """Read the `latent_` keys; others belong to others.
+
+        Raises:
+            ConfigError: unknown key, value out of range.
+        """
+        given = {key: value for key, value in (extra_args or {}).items() if key.startswith("latent_")}
+        if unknown := sorted(set(given) - set(_KEYS)):
+            raise ConfigError(f"extra_args: unknown key {unknown[0]!r}; valid keys: {', '.join(_KEYS)}")
+        get = {key.removeprefix("latent_"): value for key, value in given.items()}.get
+        policy = {"name": get("policy", "deterministic")} | {k: get(k) for k in _POLICY_KEYS if get(k) is not None}
+        build_policy(**policy)
+        returns = get("return", "latents")
+        if returns not in RETURNS:
+            raise ConfigError(f"extra_args.latent_return: expected one of {', '.join(RETURNS)}, found {returns!r}")
+        return cls(
+            policy=tuple(sorted(policy.items())),
+            seed=_whole("seed", get("seed", 0), -(2**63), 2**63),
+            limit=None if get("limit") is None else _whole("limit", get("limit"), 0, 2**31),
+            exact=None if get("exact") is None else bool(_whole("exact", get("exact"), 0, 2)),
+            head=bool(_whole("head", get("head", 1), 0, 2)),
+            returns=returns,
+        )
+
+    def build_policy(self) -> Policy:
+        return build_policy(**dict(self.policy))
+
+    def budget(self, default: SpanBudget) -> SpanBudget:
+        """`default`, the checkpoint's rule, with what the request set in its place."""
+        return SpanBudget(
+            limit=default.limit if self.limit is None else self.limit,
+            exact=default.exact if self.exact is None else self.exact,
+        )
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if not isinstance(value, int) or not low <= value < high:
+        raise ConfigError(f"extra_args.latent_{name}: expected a whole number in [{low}, {high}), found {value!r}")
+    return int(value)
