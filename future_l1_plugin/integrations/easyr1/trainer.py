@@ -1,0 +1,141 @@
+"""EasyR1's trainer and runner, with LA-DAPO's groups, rewards and advantage. The training loop is EasyR1's own."""
+
+import uuid
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from verl.protocol import DataProto
+from verl.single_controller.ray import RayWorkerGroup
+from verl.trainer.core_algos import AdvantageEstimator, register_adv_estimator
+from verl.trainer.ray_trainer import RayPPOTrainer, ResourcePoolManager, Role
+from verl.utils.tokenizer import get_processor
+
+from future_l1_plugin.errors import CheckpointError
+from future_l1_plugin.integrations.easyr1.config import LaDapoConfig
+from future_l1_plugin.integrations.easyr1.dataset import PROMPT, create_dataloaders
+from future_l1_plugin.integrations.easyr1.reward import CORRECT, DROPPED, LatentRewardManager, samples_of
+from future_l1_plugin.integrations.easyr1.worker import LatentFSDPWorker
+from future_l1_plugin.integrations.verl.metrics import span_metrics
+from future_l1_plugin.la_dapo import keep_group, la_dapo_advantage
+from future_l1_plugin.latent import LatentTokens
+
+
+class RolloutError(RuntimeError):
+    """No group is left to train on."""
+
+
+@register_adv_estimator(AdvantageEstimator.GRPO)
+def advantage(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Under EasyR1's name `grpo`: its trainer takes no other than its own names. Differs where all scores are equal."""
+    return la_dapo_advantage(token_level_rewards, response_mask, index)
+
+
+class LaDapoTrainer(RayPPOTrainer):
+    """See the module."""
+
+    def __init__(self, config: LaDapoConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.tokens = LatentTokens.from_tokenizer(self.tokenizer)
+
+    def _make_batch_data(self, metrics: dict[str, Any]) -> DataProto:
+        """`data.rollout_batch_size` groups with their rewards. Rounds go on until there are so many.
+
+        Left out are groups without a judge's verdict and, with `algorithm.online_filtering`, those outside of its
+        bounds.
+
+        Raises:
+            RolloutError: `trainer.max_try_make_batch` rounds did not give enough groups.
+        """
+        n, wanted = self.config.worker.rollout.n, self.config.data.rollout_batch_size
+        most = self.config.trainer.max_try_make_batch
+        kept: list[DataProto] = []  # one a group
+        seen: Counter[str] = Counter()
+        columns: dict[str, list[float]] = defaultdict(list)
+        rounds = 0
+        while len(kept) < wanted:
+            if 0 < most <= rounds:
+                raise RolloutError(self._starved(len(kept), wanted, seen))
+            rounds += 1
+            batch, found = self._sample()
+            for name, values in found.items():
+                columns[name] += values
+            for start in range(0, len(batch), n):
+                verdict = self._verdict(*(found[name][start : start + n] for name in (CORRECT, DROPPED)))
+                seen[verdict] += 1
+                if verdict == "kept":
+                    kept.append(batch[start : start + n])
+        data = DataProto.concat(kept[:wanted])
+        metrics |= {f"reward/{name}": float(np.mean(values)) for name, values in columns.items()}
+        metrics |= {f"groups/{name}": seen[name] for name in ("too_easy", "too_hard", "no_verdict")}
+        metrics |= {"groups/rounds": rounds, "groups/surplus": len(kept) - wanted}
+        metrics |= span_metrics(samples_of(data, self.tokenizer, self.tokens), self.tokens)
+        return data
+
+    def _sample(self) -> tuple[DataProto, dict[str, list[float]]]:
+        """One round: rollouts for the next prompts, group by group, and their rewards."""
+        try:
+            rows = next(self.data_iterator)
+        except StopIteration:
+            self.data_iterator = iter(self.train_dataloader)
+            rows = next(self.data_iterator)
+        batch = DataProto.from_single_dict(rows)
+        batch.non_tensor_batch["uid"] = np.array([str(uuid.uuid4()) for _ in range(len(batch))], dtype=object)
+        prompts = batch.pop(["input_ids", "attention_mask", "position_ids"], [PROMPT])
+        output = self.actor_rollout_ref_wg.generate_sequences(prompts)
+        # The prompts' tensors are in the output, which has n rows for each of them.
+        repeated = {k: v.repeat(self.config.worker.rollout.n) for k, v in batch.non_tensor_batch.items()}
+        output.non_tensor_batch |= repeated
+        totals, columns = ray.get(self.reward_fn.compute_reward.remote(output))
+        output.batch["token_level_scores"] = totals
+        return output, columns
+
+    def _verdict(self, correct: list[float], dropped: list[float]) -> str:
+        low, high = self.config.algorithm.filter_low, self.config.algorithm.filter_high
+        if any(dropped):
+            return "no_verdict"
+        if not self.config.algorithm.online_filtering or keep_group(correct, low, high):
+            return "kept"
+        return "too_easy" if np.mean(correct) > high else "too_hard"
+
+    def _starved(self, found: int, wanted: int, seen: Counter[str]) -> str:
+        return (
+            f"{self.config.trainer.max_try_make_batch} rounds of sampling gave {found} of {wanted} groups to train on: "
+            f"{seen['too_easy']} were too easy, {seen['too_hard']} too hard, {seen['no_verdict']} had no verdict from "
+            "the judge. Start from a better checkpoint, use data of another difficulty, raise "
+            "trainer.max_try_make_batch, or set algorithm.online_filtering=false."
+        )
+
+
+class Runner:
+    """Lives in a Ray actor, as EasyR1's own does."""
+
+    def run(self, config: LaDapoConfig) -> None:
+        path = config.worker.actor.model.model_path
+        processor = get_processor(path, trust_remote_code=config.worker.actor.model.trust_remote_code, use_fast=True)
+        if processor is None:
+            raise CheckpointError(f"{path}: expected a Qwen3-VL checkpoint, found no processor in it")
+        tokenizer = processor.tokenizer
+        LatentTokens.from_tokenizer(tokenizer)  # CheckpointError before any worker starts
+        train, val = create_dataloaders(config.data, processor)
+        manager = ray.remote(LatentRewardManager).options(num_cpus=config.worker.reward.num_cpus)
+        reward_fn = manager.remote(config.rewards, tokenizer)
+        pool = {"global_pool": [config.trainer.n_gpus_per_node] * config.trainer.nnodes}
+        trainer = LaDapoTrainer(
+            config,
+            tokenizer=tokenizer,
+            processor=processor,
+            train_dataloader=train,
+            val_dataloader=val,
+            role_worker_mapping={Role.ActorRolloutRef: ray.remote(LatentFSDPWorker)},
+            resource_pool_manager=ResourcePoolManager(pool, {Role.ActorRolloutRef: "global_pool"}),
+            ray_worker_group_cls=RayWorkerGroup,
+            reward_fn=reward_fn,
+            val_reward_fn=reward_fn,
+        )
+        trainer.init_workers()
+        trainer.fit()
