@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
-from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.errors import ConfigError, EnvironmentMismatch
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.settings import _SECTIONS, Settings
 
@@ -109,6 +110,7 @@ def test_we_know_every_section_of_verl():
         ("rewards=[{term: accuracy, weight: 1, temprature: 2}]", "temprature"),
         ("rewards=[{term: format, weight: 1}]", "no entry is named `accuracy`"),
         ("actor_rollout_ref.actor.strategy=fsdp2", "actor_rollout_ref.actor.strategy: latents need fsdp2_latent"),
+        ("actor_rollout_ref.rollout.name=vllm", "rollout.name: latents need latent_vllm or latent_hf, found vllm"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "latents need token-mean"),
         ("actor_rollout_ref.actor.entropy_coeff=0.1", "entropy_coeff: latents need 0, found 0.1"),
         ("actor_rollout_ref.actor.clip_ratio_low=0", "clip_low"),
@@ -120,6 +122,14 @@ def test_we_know_every_section_of_verl():
 def test_a_wrong_value_is_refused_with_the_fix(override, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         Settings.from_config(recipe("la_dapo_micro", override))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_missing_vllm_is_told_before_anything_starts():
+    from future_l1_plugin.integrations.verl.trainer import LaDapoTrainer
+
+    with pytest.raises(EnvironmentMismatch, match="vllm is not installed"):
+        LaDapoTrainer(recipe("la_dapo"))
 
 
 def test_a_run_is_only_resumed_under_its_own_settings(tmp_path):

@@ -19,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.profiler import simple_timer
 
 from future_l1_plugin.integrations.verl.groups import ERROR
+from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import latent_section
 from future_l1_plugin.latent.tokens import LATENT
 
@@ -139,14 +140,16 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
     """verl's manager; it numbers what is sent out together, so that the rollout server can decode it together.
 
     A wave is all rollouts of one call. Its batches are then a function of its prompts, not of who arrived first. With
-    several rollout servers, among which verl's load balancer spreads requests, there are no waves.
+    several servers of `latent_hf`, among which verl's load balancer spreads requests, there are no waves. `latent_vllm`
+    needs no common batches; there a place in a wave is what seeds a request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(LatentAgentLoopWorker)
         rollout, trainer = self.config.actor_rollout_ref.rollout, self.config.trainer
-        self._single_server = trainer.n_gpus_per_node * trainer.nnodes == rollout.tensor_model_parallel_size
+        single_server = trainer.n_gpus_per_node * trainer.nnodes == rollout.tensor_model_parallel_size
+        self._waves = single_server or rollout.name == VLLM_ROLLOUT
         self._last: tuple[Any, int] = (None, 0)
 
     def generate_sequences(self, prompts: TensorDict) -> None:
@@ -155,7 +158,7 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
         n = rollout.val_kwargs.n if validate else rollout.n
         source = ("val" if validate else "train", step)
         self._last = (source, self._last[1] + 1 if self._last[0] == source else 0)
-        name = f"{source[0]}-{step}-{self._last[1]}" if self._single_server else None
+        name = f"{source[0]}-{step}-{self._last[1]}" if self._waves else None
         waves = [
             {"id": name, "size": len(prompts) * n, "position": i, "n": n, "validate": validate}
             for i in range(len(prompts))

@@ -18,7 +18,7 @@ from future_l1_plugin.compat import require
 #: Names that recipes use.
 TRAINER = ADVANTAGE = "la_dapo"
 ENGINE = "fsdp2_latent"
-ROLLOUT = "latent_hf"
+ROLLOUT, VLLM_ROLLOUT = "latent_hf", "latent_vllm"
 AGENT_LOOP = "future_l1_latent"
 _HERE = __name__.rpartition(".")[0]
 
@@ -38,17 +38,25 @@ def _is_being_imported(name: str) -> bool:
     return name != __name__ and getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False)
 
 
-def _rollout(module) -> None:
-    module._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = f"{_HERE}.rollout.LatentHFAdapter"  # verl has no setter for it
+def _rollout(module) -> None:  # verl has no setter for its registry
+    module._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = f"{_HERE}.rollout.LatentHFAdapter"
+    module._ROLLOUT_REGISTRY[(VLLM_ROLLOUT, "async")] = module._ROLLOUT_REGISTRY[("vllm", "async")]
 
 
 def _replica(module) -> None:
-    def load():
+    def load_hf():
         from future_l1_plugin.integrations.verl.rollout import LatentHFReplica
 
         return LatentHFReplica
 
-    module.RolloutReplicaRegistry.register(ROLLOUT, load)
+    def load_vllm():
+        require("vllm")
+        from future_l1_plugin.integrations.verl.rollout_vllm import LatentVLLMReplica
+
+        return LatentVLLMReplica
+
+    module.RolloutReplicaRegistry.register(ROLLOUT, load_hf)
+    module.RolloutReplicaRegistry.register(VLLM_ROLLOUT, load_vllm)
 
 
 def _agent_loop(module) -> None:

@@ -9,7 +9,6 @@ while, and results depend on it.
 """
 
 import asyncio
-import hashlib
 import json
 import os
 import warnings
@@ -26,11 +25,11 @@ from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import TokenOutput
 
 from future_l1_plugin.errors import ConfigError, UserError
-from future_l1_plugin.integrations.verl.sampling import Sampling, Wave
-from future_l1_plugin.la_dapo.tempering import Tempering, latent_log_prob
+from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
+from future_l1_plugin.integrations.verl.sampling import Sampling, Wave, seed_of
+from future_l1_plugin.la_dapo import Tempering
 from future_l1_plugin.latent import build_policy
-from future_l1_plugin.latent.policy_base import Policy
-from future_l1_plugin.model import LatentConfig, LatentOutput, generate, load
+from future_l1_plugin.model import LatentConfig, generate, load
 from future_l1_plugin.model.batch import left_padded
 
 QUIET_S = 0.02  # requests without a wave: a batch is closed when none has come for so long
@@ -322,10 +321,10 @@ class LatentHFServer:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                generator=torch.Generator(self._device).manual_seed(_seed(sampling.seed, stream, index)),
+                generator=torch.Generator(self._device).manual_seed(seed_of(sampling.seed, stream, index)),
                 record_means=True,
             )
-            log_probs = self._log_probs(out, policy, tempering)
+            log_probs = decoded_log_probs(out, policy, tempering, self._latent)
         results = []
         for i, request in enumerate(batch):
             if not bool(log_probs[i].isfinite().all()):
@@ -343,17 +342,6 @@ class LatentHFServer:
                 )
             )
         return results
-
-    def _log_probs(self, out: LatentOutput, policy: Policy, tempering: Tempering) -> list[Tensor]:
-        """float64 (T_i,) for each row, on the model's device. float32 would lose 1e-3 nats of a density of 1e4."""
-        density = latent_log_prob(policy, torch.cat(out.means), torch.cat(out.latents), tempering)
-        if not self._latent.budget.exact:  # the model could have ended the span at each of these positions, and went on
-            density = density + (-torch.cat(out.end_logprobs).double().expm1()).log()
-        rows = density.split([len(z) for z in out.latents])
-        return [
-            logprobs.double().masked_scatter(ids == self._latent.tokens.latent, row)
-            for ids, logprobs, row in zip(out.responses, out.logprobs, rows, strict=True)
-        ]
 
     # Weights -------------------------------------------------------------------------------------------------------
 
@@ -501,12 +489,6 @@ def _fail(requests: list[_Request], error: Exception) -> None:
     for request in requests:
         if not request.answer.done():
             request.answer.set_exception(error)
-
-
-def _seed(seed: int, stream: str, index: int) -> int:
-    """A seed for `torch.Generator`: the same in every process, unlike `hash`."""
-    digest = hashlib.sha256(json.dumps([seed, stream, index]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _first(names: list[str], most: int = 3) -> str:

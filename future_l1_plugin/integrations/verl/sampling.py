@@ -7,6 +7,7 @@
             "wave": {"id": "step 3", "size": 64, "position": 0}}} # or None: see `rollout`
 """
 
+import hashlib
 import json
 import operator
 from dataclasses import dataclass
@@ -63,8 +64,9 @@ class Sampling:
         latent = given.pop("latent", None)
         if not isinstance(latent, dict):
             raise ConfigError(
-                "sampling_params: expected a key `latent` with at least {policy: {name: ...}}, found none. latent_hf "
-                "serves our own agent loop: set actor_rollout_ref.rollout.agent.default_agent_loop=future_l1_latent"
+                "sampling_params: expected a key `latent` with at least {policy: {name: ...}}, found none. Latent "
+                "rollouts serve our own agent loop: set "
+                "actor_rollout_ref.rollout.agent.default_agent_loop=future_l1_latent"
             )
         temperature = _number("temperature", given.pop("temperature", 1.0))
         top_p = _number("top_p", given.pop("top_p", 1.0))
@@ -73,7 +75,7 @@ class Sampling:
         for key, value in given.items():
             if key not in _NEUTRAL or value != _NEUTRAL[key]:
                 neutral = f"; leave it at {_NEUTRAL[key]}" if key in _NEUTRAL else ""
-                raise ConfigError(f"sampling_params: latent_hf has no {key}, found {value!r}{neutral}")
+                raise ConfigError(f"sampling_params: latent rollouts have no {key}, found {value!r}{neutral}")
         if not 0 <= temperature < float("inf"):
             raise ConfigError(f"sampling_params.temperature: expected 0 (greedy) or more, found {temperature}")
         if not 0 < top_p <= 1:
@@ -103,6 +105,12 @@ class Sampling:
         if position >= size:
             raise ConfigError(f"sampling_params.latent.wave.position: expected less than size {size}, found {position}")
         return settings, Wave(str(wave["id"]), size, position)
+
+
+def seed_of(seed: int, stream: str, index: int) -> int:
+    """A seed of 63 bits for one of many random streams: the same in every process, unlike `hash`."""
+    digest = hashlib.sha256(json.dumps([seed, stream, index]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _known_keys(where: str, found: dict[str, Any], keys: tuple[str, ...], required: bool = False) -> None:

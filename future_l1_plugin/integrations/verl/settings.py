@@ -12,18 +12,16 @@ Text is clipped, averaged and compared with the reference as verl's own keys say
 """
 
 import difflib
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
 from future_l1_plugin.config import from_mapping
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
 from future_l1_plugin.integrations.verl import plugin
-from future_l1_plugin.la_dapo import LaDapoLoss, Tempering
-from future_l1_plugin.latent import build_policy
+from future_l1_plugin.la_dapo import LaDapoLoss
 from future_l1_plugin.rewards import RewardSet
-from future_l1_plugin.rewards.reward_set import ACCURACY
 
 #: Top-level keys: verl's own, and ours. verl takes any key, so a misspelt section would be ignored.
 _SECTIONS = {
@@ -31,34 +29,6 @@ _SECTIONS = {
     *("model_engine", "ray_kwargs", "reward", "reward_model", "sandbox_fusion", "skip", "trainer", "transfer_queue"),
     *("latent", "rewards", "groups", "out"),
 }
-
-
-@dataclass
-class LatentSection:
-    """How latents are drawn in rollouts, and how they are trained."""
-
-    policy: dict[str, Any] = field(default_factory=lambda: {"name": "vmf", "mean_cosine": 0.9})
-    val_policy: dict[str, Any] = field(default_factory=lambda: {"name": "deterministic"})
-    tempering: Any = "sqrt_dim"  # none | sqrt_dim | dim | exponent in (0, 1]
-    clip_low: float = 0.1
-    clip_high: float = 0.1
-    dual_clip: float | None = None  # worth setting with tempering none
-    weight: float = 0.5  # of the latent policy loss beside the text's
-    kl_weight: float = 1.0e-2  # of the latent KL to the reference
-
-    def __post_init__(self) -> None:
-        for key in ("policy", "val_policy"):
-            # null takes a key out: recipes are merged, and another policy has other keys.
-            setattr(self, key, {name: value for name, value in getattr(self, key).items() if value is not None})
-            if "name" not in getattr(self, key):
-                raise ConfigError(f"latent.{key}: expected a `name` (deterministic, vmf or gaussian) and its keys")
-            build_policy(**getattr(self, key))
-        Tempering.from_name(self.tempering)
-        if self.kl_weight and not build_policy(**self.policy).stochastic:
-            raise ConfigError(
-                f"latent.kl_weight: {self.kl_weight} with a {self.policy['name']} policy, which has no KL. Set it to "
-                "0, or choose vmf or gaussian"
-            )
 
 
 @dataclass
@@ -127,14 +97,8 @@ def latent_section(config: DictConfig) -> LatentSection:
 
 
 def reward_set(config: DictConfig) -> RewardSet:
-    """The `rewards` section. Raises ConfigError; the group filter and validation need to know what is correct."""
-    rewards = RewardSet.from_config(OmegaConf.to_container(config.rewards, resolve=True))
-    if ACCURACY not in rewards.sample_names:
-        raise ConfigError(
-            f"rewards: no entry is named `{ACCURACY}`, by which groups are filtered and validation is scored. Add "
-            f"{{term: {ACCURACY}, weight: 0}}, with the weight you want"
-        )
-    return rewards
+    """The `rewards` section. Raises ConfigError."""
+    return checked_rewards(OmegaConf.to_container(config.rewards, resolve=True))
 
 
 def check_host(config: DictConfig) -> None:
@@ -143,6 +107,12 @@ def check_host(config: DictConfig) -> None:
     wrong = [
         (actor.strategy != plugin.ENGINE, "actor_rollout_ref.actor.strategy", actor.strategy, plugin.ENGINE),
         (config.trainer.v1.trainer_mode != plugin.TRAINER, "trainer.v1.trainer_mode", "", plugin.TRAINER),
+        (
+            rollout.name not in (plugin.ROLLOUT, plugin.VLLM_ROLLOUT),
+            "actor_rollout_ref.rollout.name",
+            rollout.name,
+            f"{plugin.VLLM_ROLLOUT} or {plugin.ROLLOUT}",
+        ),
         (
             rollout.agent.default_agent_loop != plugin.AGENT_LOOP,
             "actor_rollout_ref.rollout.agent.default_agent_loop",

@@ -16,14 +16,16 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from future_l1_plugin.compat import require
+from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.engine import LATENT, RETURN_MU, latent_settings
 from future_l1_plugin.integrations.verl.groups import GroupBuffer
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
-from future_l1_plugin.integrations.verl.plugin import TRAINER
+from future_l1_plugin.integrations.verl.plugin import TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
-from future_l1_plugin.integrations.verl.reward import group_rewards, last_token, make_sample
+from future_l1_plugin.integrations.verl.reward import last_token
 from future_l1_plugin.integrations.verl.settings import Settings
 from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.latent import LatentTokens
@@ -35,6 +37,8 @@ class LaDapoTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig) -> None:
         self.settings = Settings.from_config(config)
+        if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
+            require("vllm")  # before any worker starts
         super().__init__(config)
         self._submitted = (0, 0)  # step, prompts of it
         self._logged = b""

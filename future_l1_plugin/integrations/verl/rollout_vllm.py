@@ -1,0 +1,155 @@
+"""Rollout backend `latent_vllm` for verl: its vLLM backend, with latents.
+
+verl's own server, weight transfer, sleep and wake are used as they are. What differs is a request: it brings the
+processor's output instead of pictures, asks for latents, and its response has them, with log-probabilities of all
+actions as the actor computes them.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm import SamplingParams
+from vllm.outputs import RequestOutput
+
+from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT as NAME
+from future_l1_plugin.integrations.verl.sampling import Sampling, seed_of
+from future_l1_plugin.integrations.vllm import overrides, read_latents, with_own
+from future_l1_plugin.integrations.vllm.inputs import engine_input
+from future_l1_plugin.la_dapo import Tempering, rollout_log_probs
+from future_l1_plugin.latent import build_policy
+from future_l1_plugin.model import LatentConfig
+
+
+class LatentVLLMReplica(vLLMReplica):
+    """One engine a replica, over `tensor_model_parallel_size` devices."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_reward_model or self.is_teacher_model:
+            raise ConfigError(f"rollout.name: {NAME} serves the policy; choose vllm for reward and teacher models")
+        self.server_class = ray.remote(LatentVLLMServer)
+
+    def _get_server_name_prefix(self) -> str:
+        return f"{NAME}_"
+
+
+class LatentVLLMServer(vLLMHttpServer):
+    """verl's server; see the module."""
+
+    def _apply_quantization(self) -> tuple[str | None, dict[str, Any]]:
+        quantization, theirs = super()._apply_quantization()
+        # The actor reads latent keys from here, so the rollout must, too.
+        given = dict(self.model_config.get("override_config", None) or {})
+        latent = {key: value for key, value in given.items() if key in LatentConfig.__dataclass_fields__}
+        return quantization, theirs | latent | overrides(self.model_config.hf_config)
+
+    def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
+        super()._preprocess_engine_kwargs(engine_kwargs)
+        engine_kwargs |= with_own({"mm_processor_cache_gb": 0, **engine_kwargs})  # pictures come processed
+
+    def _get_worker_extension_cls(self) -> str:
+        return f"{__name__}.LatentWorkerExtension"
+
+    async def generate(
+        self,
+        prompt_ids: Iterable[int],
+        sampling_params: dict[str, Any],
+        request_id: str,
+        image_data: Any = None,
+        video_data: Any = None,
+        mm_inputs: dict[str, Tensor] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
+        priority: int = 0,
+        **more: Any,
+    ) -> TokenOutput:
+        """Decode one response. Arguments, result and errors are those of `LatentHFServer.generate`.
+
+        A request's noise depends on its wave's name and its place in it alone. What else shares its steps can change a
+        result only by the rounding of larger or smaller matrix products.
+        """
+        if unknown := sorted(key for key, value in more.items() if value is not None):
+            raise ConfigError(f"request {request_id}: {NAME} does not take {', '.join(unknown)}")
+        sampling, wave = Sampling.parse(sampling_params, self.config.response_length)
+        if wave is None:
+            raise ConfigError(f"request {request_id}: expected its place in a wave, found none. {NAME} seeds by it")
+        policy, seed = json.loads(sampling.policy), seed_of(sampling.seed, wave.id, wave.position)
+        latent_args = {f"latent_{'policy' if key == 'name' else key}": value for key, value in policy.items()}
+        # In a thread: pixels are hashed, and the loop has other requests to serve.
+        prompt = await asyncio.to_thread(engine_input, list(prompt_ids), mm_inputs or {}, self.model_config.hf_config)
+        output = await self._run(
+            prompt,
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                seed=seed,
+                logprobs=0,
+                detokenize=False,
+                extra_args={**latent_args, "latent_seed": seed, "latent_return": "means"},
+            ),
+            request_id,
+            priority,
+        )
+        if output is None:
+            return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields={"global_steps": self.global_steps})
+        (answer,), got = output.outputs, read_latents(output)
+        latent = LatentConfig.from_hf(self.model_config.hf_config)
+        log_probs = rollout_log_probs(
+            torch.tensor(answer.token_ids),
+            torch.tensor([entry[t].logprob for entry, t in zip(answer.logprobs, answer.token_ids, strict=True)]),
+            got.latents,
+            got.means,
+            None if latent.budget.exact else got.end_logprobs,
+            latent_id=latent.tokens.latent,
+            policy=build_policy(**policy),
+            tempering=Tempering.from_name(sampling.tempering),
+        )
+        if not bool(log_probs.isfinite().all()):
+            raise RuntimeError(f"request {request_id}: a log-probability of its response is not finite")
+        return TokenOutput(
+            token_ids=list(answer.token_ids),
+            log_probs=log_probs.tolist(),
+            stop_reason="completed",
+            extra_fields={
+                "latents": got.latents.float(),
+                "forced": got.forced.long().tolist(),
+                "global_steps": self.global_steps,
+            },
+        )
+
+    async def _run(self, prompt: Any, params: SamplingParams, request_id: str, priority: int) -> RequestOutput | None:
+        """The finished request; None if the server takes none now and verl shall ask another.
+
+        Raises RuntimeError: aborted.
+        """
+        if await self._park_until_admitted(request_id) is not None:
+            return None
+        last: RequestOutput | None = None
+        try:
+            async for output in self.engine.generate(prompt, params, request_id, priority=priority):
+                if last is None:  # verl counts requests that it let in and of which the engine has not yet been heard
+                    self._admitting -= 1
+                last = output
+        finally:
+            if last is None:
+                self._admitting -= 1
+        if last is None or not last.outputs or last.outputs[0].finish_reason == "abort":
+            raise RuntimeError(f"request {request_id}: generation was aborted")
+        return last
+
+
+class LatentWorkerExtension(vLLMColocateWorkerExtension):
+    """In vLLM's worker: what the sampler must not choose is hidden from it after log-probabilities were taken."""
+
+    def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
+        self.model_runner.model_state.tokenizer_size = vocab_size
