@@ -43,7 +43,7 @@ from future_l1_plugin.rewards.judge import JudgeItem, JudgeUnavailable, build_ju
 
 TEXT, VISUAL = "text", "visual"
 CONDITIONS = (TEXT, VISUAL)
-ENGINES = ("hf", "endpoint")
+ENGINES = ("hf", "vllm", "endpoint")
 
 
 # ---- recipe ---------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class CurationData:
 class RolloutRecipe:
     """What the base model is asked."""
 
-    engine: str = "hf"  # hf | endpoint
+    engine: str = "hf"  # hf | vllm | endpoint
     n: int = 8  # answers to a question, with and without the future frames
     temperature: float = 1.0
     max_new_tokens: int = 512
@@ -79,6 +79,15 @@ class HfRecipe:
     batch_size: int = 64  # answers decoded together
     device: str | None = None
     dtype: str = "auto"
+
+
+@dataclass
+class VllmRecipe:
+    """engine vllm: the base model in vLLM, on this machine."""
+
+    model: str = ""  # folder or hub id
+    dtype: str = "auto"
+    args: dict[str, Any] = field(default_factory=dict)  # of vLLM
 
 
 @dataclass
@@ -105,6 +114,7 @@ class CurationRecipe:
     data: CurationData = field(default_factory=CurationData)
     rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
     hf: HfRecipe = field(default_factory=HfRecipe)
+    vllm: VllmRecipe = field(default_factory=VllmRecipe)
     endpoint: dict[str, Any] | None = None
     judge: dict[str, Any] | None = None
     select: Selection = field(default_factory=Selection)
@@ -130,8 +140,11 @@ class CurationRecipe:
                 f"rollouts.temperature: expected a number above 0 (greedy answers are all alike), found "
                 f"{rollouts.temperature}"
             )
-        if rollouts.engine == "hf" and not self.hf.model:
-            raise ConfigError("hf.model must be given for rollouts.engine hf: the checkpoint that answers")
+        for engine, given in (("hf", self.hf), ("vllm", self.vllm)):
+            if rollouts.engine == engine and not given.model:
+                raise ConfigError(
+                    f"{engine}.model must be given for rollouts.engine {engine}: the checkpoint that answers"
+                )
         if rollouts.engine == "endpoint":
             self.endpoint_settings()
         if self.judge is not None:
@@ -197,10 +210,14 @@ class Curation:
         self._identity = self.engine.identity()
 
     def _engine(self) -> Engine:
-        rollouts, hf = self.recipe.rollouts, self.recipe.hf
+        rollouts, hf, vllm = self.recipe.rollouts, self.recipe.hf, self.recipe.vllm
         sampling = Sampling(rollouts.temperature, rollouts.max_new_tokens, rollouts.seed)
         if rollouts.engine == "hf":
             return HfEngine(hf.model, sampling, hf.batch_size, hf.device, hf.dtype)
+        if rollouts.engine == "vllm":
+            from future_l1_plugin.integrations.vllm.engine import VllmRollouts
+
+            return VllmRollouts(vllm.model, sampling, vllm.args, vllm.dtype)
         return EndpointEngine(self.recipe.endpoint_settings(), sampling)
 
     def jobs(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Job]]:

@@ -1,4 +1,5 @@
-"""Answers of a model to many prompts, for curation: by transformers in this process, or by a served model.
+"""Answers of a model to many prompts, for curation: by transformers in this process, or by a served model. A third
+engine, vLLM, is in `integrations/vllm/engine.py`.
 
 An engine takes jobs and hands each answer to `store` as it comes. The answer to a job is a function of the job and of
 the settings, not of what was answered before: a broken-off run that goes on gives what an unbroken one gives.
@@ -205,7 +206,7 @@ class EndpointEngine:
         if any(job.prompt.media == "video" for job in jobs):
             raise ConfigError(
                 "data.question_media: expected images for an endpoint, whose chat takes no frames of a video, found "
-                "video. Set it to images, or rollouts.engine to hf"
+                "video. Set it to images, or rollouts.engine to hf or vllm"
             )
         return asyncio.run(self._run((job for job in jobs if not done(job)), store))
 

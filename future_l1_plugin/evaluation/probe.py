@@ -69,6 +69,8 @@ class ProbedModel(FutureL1):
     """The model of the task, under one condition at a time. Greedy, with deterministic latents."""
 
     def __init__(self, seed: int = 0, **arguments: Any) -> None:
+        if arguments.get("engine", "hf") != "hf":
+            raise ConfigError("probe: expected engine=hf, where alone latents can be replaced; leave the argument out")
         super().__init__(**arguments)
         if self._random_latents:
             raise ConfigError("probe: expected the deterministic policy, under which conditions differ in nothing else")
@@ -95,8 +97,7 @@ class ProbedModel(FutureL1):
 
     def loaded(self) -> tuple[Any, Any]:
         """(model, processor)"""
-        self._ensure_model()
-        return self._model, self._build.processor
+        return self._engine.model, self._build.processor
 
     def _latent_config(self) -> LatentConfig:
         return LatentConfig.from_hf(self.loaded()[0].config)

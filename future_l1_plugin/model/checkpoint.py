@@ -100,6 +100,22 @@ def load_head(model: nn.Module, path: str | Path) -> None:
         ) from error
 
 
+def load_processor(path: str | Path, latent: LatentConfig) -> Any:
+    """The processor of a latent checkpoint, with left padding and the latent chat template.
+
+    Raises CheckpointError: files missing, tokenizer and configuration disagree.
+    """
+    from transformers import AutoProcessor
+
+    with _reading(path):
+        processor = AutoProcessor.from_pretrained(path)
+    processor.tokenizer.padding_side = "left"
+    check_tokenizer(latent, processor.tokenizer, path)
+    if "default_system" not in (processor.chat_template or ""):
+        processor.chat_template = chat_template()
+    return processor
+
+
 def load(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -124,7 +140,7 @@ def load(
             that are missing or do not fit.
         ConfigError: unknown dtype.
     """
-    from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
     if _is_absent(path):
         raise CheckpointError(f"{path}: no such folder. Expected a latent Qwen3-VL checkpoint or a hub id.")
@@ -137,12 +153,7 @@ def load(
         raise CheckpointError(f"unknown latent keys {unknown}; known are {sorted(LatentConfig.__dataclass_fields__)}")
     latent = LatentConfig(**{**vars(latent), **overrides})
     latent.to_hf(hf_config)
-    with _reading(path):
-        processor = AutoProcessor.from_pretrained(path)
-    processor.tokenizer.padding_side = "left"
-    check_tokenizer(latent, processor.tokenizer, path)
-    if "default_system" not in (processor.chat_template or ""):
-        processor.chat_template = chat_template()
+    processor = load_processor(path, latent)
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError(f"dtype: expected auto or a torch dtype such as bfloat16, found {dtype!r}")

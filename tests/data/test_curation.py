@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import random
 import re
@@ -22,7 +23,7 @@ from future_l1_plugin.data.curation import Curation, CurationRecipe, Score, Sele
 from future_l1_plugin.data.rl import twiff_prompt
 from future_l1_plugin.data.rollouts import HfEngine, Job, Sampling, content_of, seed_of
 from future_l1_plugin.endpoint import EndpointError
-from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
+from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch
 from future_l1_plugin.report.curation import plot_curation
 
 N = 4
@@ -411,6 +412,24 @@ def test_a_checkpoint_without_latents_answers_too(tiny_path, jobs, tmp_path):
         run(HfEngine(str(tmp_path / "none"), Sampling()), jobs, {})
 
 
+# -- vLLM: answers are tested in tests/integrations/test_vllm_engines.py ----------------------------------------------
+
+
+def test_what_an_answer_of_vllm_depends_on(tiny_path, jobs):
+    """Neither speed nor memory; and where nothing is missing vLLM is not asked for."""
+    from future_l1_plugin.integrations.vllm.engine import VllmRollouts
+
+    def engine(**args):
+        return VllmRollouts(str(tiny_path), Sampling(), args)
+
+    assert engine(max_num_seqs=4).identity() == engine(tensor_parallel_size=2).identity()
+    assert engine(quantization="fp8").identity() != engine().identity()
+    assert engine().run(jobs, lambda job: True, print) == []
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(EnvironmentMismatch, match="vllm is not installed"):
+            engine().run(jobs, lambda job: False, print)
+
+
 # -- command and bad input ---------------------------------------------------------------------------------------------
 
 
@@ -437,8 +456,10 @@ def test_the_command_prints_and_draws(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rollouts.engine=vllm"], "expected one of hf, endpoint"),
+        (["rollouts.engine=sglang"], "expected one of hf, vllm, endpoint"),
         (["rollouts.engine=hf"], "hf.model must be given"),
+        (["rollouts.engine=vllm"], "vllm.model must be given"),
+        (["vllm.arg={}"], "unknown key `vllm.arg`"),
         (["rollouts.temperature=0"], "greedy answers are all alike"),
         (["rollouts.n=0"], "rollouts.n: expected at least 1"),
         (["select.least_gain=0"], "select.least_gain: expected at least 1"),

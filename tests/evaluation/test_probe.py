@@ -25,6 +25,7 @@ from future_l1_plugin.evaluation.interventions import (
 )
 from future_l1_plugin.evaluation.probe import BUDGETS, SPOILT, ProbedModel, replacements
 from future_l1_plugin.evaluation.probe_latents import by_hop, frame_features, nearest, retrieval
+from future_l1_plugin.integrations.lmms_eval.engines import HfAnswers
 from future_l1_plugin.latent.tokens import END, LATENT, START, LatentTokens
 from future_l1_plugin.model import LatentConfig, LatentOutput, load
 from future_l1_plugin.model.objective import latent_targets
@@ -278,7 +279,7 @@ def test_probe_through_lmms_eval(benchmark, world, checkpoint, tmp_path, monkeyp
     (out / "answers.jsonl").write_text(kept[: len(kept) // 2])
     assert cli.main(command) == 0
     assert json.loads((out / "probe.json").read_text()) == numbers
-    monkeypatch.setattr(ProbedModel, "_answer", lambda *args: pytest.fail("a question was asked again"))
+    monkeypatch.setattr(HfAnswers, "answers", lambda *args: pytest.fail("a question was asked again"))
     assert cli.main(command) == 0
 
 
@@ -306,3 +307,5 @@ def test_what_cannot_be_probed(benchmark, checkpoint, tmp_path, capsys):
     assert "batch_size follow from" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="deterministic policy"):
         ProbedModel(pretrained=str(plain), policy="vmf", policy_kwargs='{"kappa": 10}')
+    with pytest.raises(ConfigError, match="expected engine=hf"):
+        ProbedModel(pretrained=str(plain), engine="vllm")

@@ -312,12 +312,12 @@ def test_tasks_named_by_the_user_win():
 
 
 def test_missing_videos_are_named_before_a_model_is_loaded(benchmark, videos, tmp_path, monkeypatch, checkpoint):
-    from future_l1_plugin.integrations.lmms_eval import adapter
+    from future_l1_plugin.integrations.lmms_eval import engines
 
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(adapter, "load", never)
+    monkeypatch.setattr(engines, "load", never)
     root = tmp_path / "root"
     (root / "clips").mkdir(parents=True)
     (root / "clips" / "forty.mp4").write_bytes((videos / "clips" / "forty.mp4").read_bytes())
@@ -610,7 +610,7 @@ def make(checkpoint: Path, tmp_path: Path, more: str = "", **command_line):
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        ("batchsize=4", r"unknown \['batchsize'\]; known are pretrained, device, dtype, batch_size"),
+        ("batchsize=4", r"unknown \['batchsize'\]; known are pretrained, engine, device, dtype"),
         ("batch_size=auto", "batch_size: expected a whole number of at least 1, found 'auto'"),
         ("dtype=half", "dtype: expected one of auto, float32"),
         ("max_num_frames=0", "max_num_frames: expected a whole number of at least 1, found 0"),
@@ -618,11 +618,29 @@ def make(checkpoint: Path, tmp_path: Path, more: str = "", **command_line):
         ("resume=yes", "resume: expected True or False, found 'yes'"),
         ("infer_latent_multiplier=0", "infer_latent_multiplier: expected a number above 0"),
         ("policy_kwargs=kappa", "policy_kwargs: expected JSON"),
+        ("engine=sglang", "engine: expected one of hf, vllm, found 'sglang'"),
+        (
+            "engine=vllm,batch_size=8",
+            "engine=vllm takes no device, batch_size, which engine=hf does: vLLM has",
+        ),
+        ('vllm_args={"max_num_seqs": 8}', "engine=hf takes no vllm_args, which engine=vllm does"),
     ],
 )
 def test_bad_model_arguments(checkpoint, tmp_path, more, error):
     with pytest.raises(ConfigError, match=error):
         make(checkpoint, tmp_path, more)
+
+
+def test_vllm_wants_one_process_and_to_be_there(checkpoint, monkeypatch):
+    from future_l1_plugin.integrations.lmms_eval.adapter import FutureL1
+
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(EnvironmentMismatch, match=r"vllm is not installed\.\nRun: .*pip install"):
+            FutureL1(str(checkpoint), engine="vllm")
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(ConfigError, match=r"expected one process, found 2\. .*tensor_parallel_size"):
+        FutureL1(str(checkpoint), engine="vllm")
 
 
 def test_batch_size_and_device_from_either_place(checkpoint, tmp_path):
@@ -697,11 +715,10 @@ def test_the_first_latents_do_not_depend_on_the_batch(checkpoint, tmp_path, mixe
     from future_l1_plugin.model.batch import left_padded
 
     model = make(checkpoint, tmp_path)
-    model._ensure_model()
     inputs = [model._build([{"role": "user", "content": doc}]) for doc in mixed_docs]
-    together = generate(model._model, left_padded(inputs, 0, "cpu"), max_new_tokens=4).latents
+    together = generate(model._engine.model, left_padded(inputs, 0, "cpu"), max_new_tokens=4).latents
     for one, latents in zip(inputs, together, strict=True):
-        (alone,) = generate(model._model, one, max_new_tokens=4).latents
+        (alone,) = generate(model._engine.model, one, max_new_tokens=4).latents
         torch.testing.assert_close(latents, alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together[0], together[3], atol=1e-3)
 
@@ -709,7 +726,6 @@ def test_the_first_latents_do_not_depend_on_the_batch(checkpoint, tmp_path, mixe
 def test_frames_and_pixels_are_bounded(checkpoint, tmp_path, mixed_docs):
     def grids(more: str) -> list[list[int]]:
         model = make(checkpoint, tmp_path, more)
-        model._ensure_model()
         inputs = [model._build([{"role": "user", "content": doc}]) for doc in mixed_docs[:5]]
         return [(sample.get("video_grid_thw", sample.get("image_grid_thw")))[0].tolist() for sample in inputs]
 
@@ -723,7 +739,6 @@ def test_frames_and_pixels_are_bounded(checkpoint, tmp_path, mixed_docs):
 def test_the_system_prompt(checkpoint, tmp_path, mixed_docs):
     def prompt(more: str) -> str:
         model = make(checkpoint, tmp_path, more)
-        model._ensure_model()
         ids = model._build([{"role": "user", "content": mixed_docs[-1]}])["input_ids"][0]
         return model._build.processor.tokenizer.decode(ids)
 
@@ -744,16 +759,16 @@ def test_a_stop_string_cuts_the_text_but_not_the_injected_one(checkpoint, tmp_pa
 
 
 def test_a_response_is_used_again_only_for_the_same_question(checkpoint, tmp_path, mixed_docs, monkeypatch):
-    from future_l1_plugin.integrations.lmms_eval import adapter
+    from future_l1_plugin.integrations.lmms_eval.engines import Answer, HfAnswers
 
     generated = []
 
-    def answer(self, batch, bad):
-        generated.append(len(batch))
-        row = {"text": "x", "input_tokens": 1, "output_tokens": 1, "latent_tokens": 0}
-        return {job.position: {"key": job.key, **row} for job in batch}
+    def answers(self, batches, inputs_of):
+        for batch in batches:
+            generated.append(len(batch))
+            yield [(job, Answer("x", 1, 1, 0, 0.0)) for job in batch]
 
-    monkeypatch.setattr(adapter.FutureL1, "_answer", answer)
+    monkeypatch.setattr(HfAnswers, "answers", answers)
 
     def run(folder: Path = checkpoint, more: str = "", docs=mixed_docs[:2], settings: dict | None = None) -> int:
         generated.clear()

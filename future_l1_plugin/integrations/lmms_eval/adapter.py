@@ -1,6 +1,7 @@
 """The chat model `future_l1` of lmms-eval: batched latent decoding, with responses kept on disk as they come.
 
     lmms-eval --model future_l1 --model_args pretrained=PATH,batch_size=8 --tasks futurebench
+    lmms-eval --model future_l1 --model_args 'pretrained=PATH,engine=vllm,vllm_args={"max_num_seqs": 64}' ..
 
 Arguments are checked when the model is made; weights are loaded at the first request that needs them. lmms-eval makes
 the model before the tasks, so a task that names missing videos still does so before anything large is loaded, and a
@@ -10,10 +11,10 @@ Not supported (an error says so): log-likelihood tasks, multi-round tasks, audio
 """
 
 import inspect
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,32 +28,25 @@ from loguru import logger
 from tqdm import tqdm
 
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
+from future_l1_plugin.integrations.lmms_eval.engines import Answer, Engine, HfAnswers, Job, VllmAnswers
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
 from future_l1_plugin.integrations.lmms_eval.provenance import announce
-from future_l1_plugin.integrations.lmms_eval.settings import Generation, flag, json_object, one_of, positive, whole
+from future_l1_plugin.integrations.lmms_eval.settings import (
+    Generation,
+    check_engine,
+    flag,
+    json_object,
+    one_of,
+    positive,
+    whole,
+)
 from future_l1_plugin.journal import Journal, checkpoint_mark, key_of
 from future_l1_plugin.latent import build_policy
-from future_l1_plugin.model import LatentConfig, LatentOutput, chat_template, generate, load
-from future_l1_plugin.model.batch import left_padded
+from future_l1_plugin.model import LatentConfig, LatentOutput, chat_template
+from future_l1_plugin.model.checkpoint import load_processor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN = 10  # bad samples that an error lists
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One request: its place in the list, its key in the response log, its settings."""
-
-    position: int
-    key: str
-    generation: Generation
-    request: Instance
-
-    @property
-    def document(self) -> tuple[str, str, int]:
-        """(task, split, doc_id)"""
-        _, _, _, doc_id, task, split = self.request.args
-        return task, split, doc_id
 
 
 class FutureL1(lmms):
@@ -60,9 +54,11 @@ class FutureL1(lmms):
 
     Args (of --model_args; --batch_size and --device may be used as well):
         pretrained: folder or hub id of a latent checkpoint.
-        device: default cuda if there is one, else cpu. Under `accelerate launch` each rank has its own.
+        engine: hf (transformers, in this process) | vllm.
+        device: default cuda if there is one, else cpu. Under `accelerate launch` each rank has its own. Engine hf only.
         dtype: auto (the checkpoint's) | float32 | bfloat16 | float16.
-        batch_size: prompts decoded together.
+        batch_size: prompts decoded together. Engine hf only; vLLM makes batches of its own.
+        vllm_args: a JSON object of vLLM's own arguments: tensor_parallel_size, gpu_memory_utilization, max_model_len ..
         max_num_frames: frames of a video, evenly spread; a shorter clip gives all it has (paper: 32).
         min_pixels, max_pixels: bounds for an image and for a frame of a video. Default: the settings of the
             checkpoint's processor (which for a video bound all its frames together).
@@ -71,7 +67,7 @@ class FutureL1(lmms):
         policy: how latents are drawn around mu: deterministic | vmf | gaussian; policy_kwargs: a JSON object for it.
         max_latent_token, fixed_latent_budget, loose_latent_budget, infer_latent_multiplier: replace those of the
             checkpoint.
-        attn_implementation: of transformers.
+        attn_implementation: of transformers. Engine hf only.
         responses: JSONL that responses are appended to after every batch, and read from at the start. A response is
             used again only for the same checkpoint files, messages, media, settings and document. Default:
             outputs/lmms_eval/NAME-HASH.jsonl, one file for each checkpoint path.
@@ -80,7 +76,7 @@ class FutureL1(lmms):
             samples and lists the bad ones.
 
     Raises:
-        ConfigError: unknown or bad argument. CheckpointError: no latent checkpoint.
+        ConfigError: unknown or bad argument. CheckpointError: no latent checkpoint. EnvironmentMismatch: no vLLM.
     """
 
     is_simple = False
@@ -88,6 +84,7 @@ class FutureL1(lmms):
     def __init__(
         self,
         pretrained: str,
+        engine: str = "hf",
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
@@ -102,6 +99,7 @@ class FutureL1(lmms):
         loose_latent_budget: int | None = None,
         infer_latent_multiplier: float | None = None,
         attn_implementation: str | None = None,
+        vllm_args: str | None = None,
         responses: str | None = None,
         resume: bool = True,
         skip_bad: bool = False,
@@ -111,7 +109,9 @@ class FutureL1(lmms):
         if unknown:
             known = [name for name in inspect.signature(FutureL1).parameters if name != "unknown"]
             raise ConfigError(f"model_args of future_l1: unknown {sorted(unknown)}; known are {', '.join(known)}")
-        self.pretrained = str(pretrained)
+        of_one_engine = {"device": device, "batch_size": batch_size, "vllm_args": vllm_args}
+        check_engine(engine, of_one_engine | {"attn_implementation": attn_implementation})
+        self.pretrained, self.engine_name = str(pretrained), engine
         self.dtype = one_of("dtype", dtype, DTYPES)
         self.batch_size = whole("batch_size", batch_size)
         self._view = {
@@ -141,9 +141,10 @@ class FutureL1(lmms):
         self._rank = torch.distributed.get_rank() if shared else 0
         self._world_size = torch.distributed.get_world_size() if shared else 1
         self._device = self._choose_device(device)
-        self._model = self._build = None  # made by _ensure_model
+        self._latent, commit = self._checked_config()
+        self._engine = self._choose_engine({"name": policy, **policy_kwargs}, json_object("vllm_args", vllm_args))
         self._identity = {
-            "checkpoint": [self.pretrained, self._checked_config(), *checkpoint_mark(self.pretrained)],
+            "checkpoint": [self.pretrained, commit, *checkpoint_mark(self.pretrained)],
             "dtype": self.dtype,
             "attention": attn_implementation,
             "view": self._view,
@@ -151,6 +152,8 @@ class FutureL1(lmms):
             "policy": [policy, policy_kwargs],
             "budget": self._budget,
         }
+        if engine != "hf":  # whose stored responses are older than the choice
+            self._identity["engine"] = self._engine.describe()
         path = Path(self.pretrained).resolve() if Path(self.pretrained).exists() else Path(self.pretrained)
         default = Path("outputs/lmms_eval") / f"{path.name}-{key_of(str(path))[:8]}.jsonl"
         self._log = Journal(responses or default, self._rank)
@@ -184,8 +187,25 @@ class FutureL1(lmms):
             return found
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def _checked_config(self) -> str | None:
-        """Check by its configuration that this is a latent checkpoint; return the hub's commit, None for a folder."""
+    def _choose_engine(self, policy: dict[str, Any], vllm_args: dict[str, Any]) -> Engine:
+        if self.engine_name == "hf":
+            checkpoint = {
+                "path": self.pretrained,
+                "device": self._device,
+                "dtype": self.dtype,
+                "attn_implementation": self.attn_implementation,
+                **self._budget,
+            }
+            return HfAnswers(checkpoint, self._decoding, self._kept)
+        if self._world_size > 1:
+            raise ConfigError(
+                f"engine=vllm: expected one process, found {self._world_size}. Start lmms-eval without a launcher, and "
+                'give vLLM the devices: vllm_args={"tensor_parallel_size": N}'
+            )
+        return VllmAnswers(self.pretrained, self.dtype, self._latent.budget, policy, vllm_args)
+
+    def _checked_config(self) -> tuple[LatentConfig, str | None]:
+        """The checkpoint's latent keys, with ours over them, and the hub's commit, None for a folder."""
         from transformers import AutoConfig
 
         try:
@@ -195,19 +215,22 @@ class FutureL1(lmms):
                 f"pretrained={self.pretrained}: expected a folder with a latent Qwen3-VL checkpoint, or a hub id that "
                 f"can be reached ({error})"
             ) from error
-        LatentConfig.from_hf(config)
-        return getattr(config, "_commit_hash", None)
+        return replace(LatentConfig.from_hf(config), **self._budget), getattr(config, "_commit_hash", None)
 
-    def _ensure_model(self) -> None:
-        if getattr(self, "_model", None) is not None:  # lmms.clean() deletes it
-            return
-        torch.set_flush_denormal(True)  # a small model is full of such numbers, on which a CPU is slow
-        self._model, processor = load(
-            self.pretrained, self._device, self.dtype, self.attn_implementation, **self._budget
-        )
+    def _processor(self) -> Any:
+        processor = load_processor(self.pretrained, self._latent)
         if self.system_prompt is not None:
             processor.chat_template = chat_template(self.system_prompt)
-        self._build = InputBuilder(processor, **self._view)
+        return processor
+
+    @cached_property
+    def _build(self) -> InputBuilder:
+        return InputBuilder(self._processor(), **self._view)
+
+    def clean(self) -> None:
+        """lmms-eval calls it after a run."""
+        self._engine.close()
+        super().clean()
 
     @property
     def device(self) -> torch.device:
@@ -215,16 +238,10 @@ class FutureL1(lmms):
 
     def describe(self) -> dict[str, Any]:
         """What its answers depend on, as JSON, for results.json: weights by hash, and what runs must share or tell."""
-        from transformers import AutoConfig, AutoProcessor
-
         from future_l1_plugin.data.rollouts import fingerprint
 
-        processor = AutoProcessor.from_pretrained(self.pretrained)
-        template = processor.chat_template or ""
-        if self.system_prompt is not None or "default_system" not in template:  # as `_ensure_model` and `load` do
-            template = chat_template() if self.system_prompt is None else chat_template(self.system_prompt)
+        processor = self._processor()
         sizes = {kind: getattr(processor, f"{kind}_processor").size for kind in ("image", "video")}
-        config = LatentConfig.from_hf(AutoConfig.from_pretrained(self.pretrained))
         return {
             "checkpoint": self.pretrained,
             "hash": key_of(*fingerprint(self.pretrained)),
@@ -234,12 +251,13 @@ class FutureL1(lmms):
                 "max": self._view["max_pixels"],
                 **{kind: [size["shortest_edge"], size["longest_edge"]] for kind, size in sizes.items()},
             },
-            "prompt": {"template": key_of(template), "system_prompt": self.system_prompt},
+            "prompt": {"template": key_of(processor.chat_template), "system_prompt": self.system_prompt},
             "decoding": {
                 "dtype": self.dtype,
                 "attention": self.attn_implementation,
                 "policy": self._identity["policy"],
-                "budget": asdict(replace(config, **self._budget).budget),
+                "budget": asdict(self._latent.budget),
+                "engine": self._engine.describe(),
             },
         }
 
@@ -267,16 +285,16 @@ class FutureL1(lmms):
         bad: dict[tuple, str] = {}
         done = len(requests) - missing
         with tqdm(total=len(requests), initial=done, desc="future_l1", unit="sample", disable=self.rank != 0) as bar:
-            for batch in pending:
-                answers = self._answer(batch, bad)
-                self._log.append(answers.values())
-                for position, row in answers.items():
+            for answers in self._engine.answers(pending, partial(self._inputs, bad)) if pending else ():
+                found = {job.position: _row(job, answer) for job, answer in answers}
+                self._log.append(found.values())
+                for position, row in found.items():
                     rows[position] = row
-                bar.update(len(batch))
+                bar.update(len(answers))
         self._report(rows, bad)
         return rows
 
-    def _jobs(self, requests: list[Instance]) -> Iterator[_Job]:
+    def _jobs(self, requests: list[Instance]) -> Iterator[Job]:
         copies: Counter[tuple] = Counter()
         for position, request in enumerate(requests):
             _, to_messages, settings, doc_id, task, split = request.args
@@ -291,9 +309,9 @@ class FutureL1(lmms):
                 [copy, torch.initial_seed()] if random else None,
             )
             if not request.metadata.get("__padding_only__"):  # evens out the ranks; its result is thrown away
-                yield _Job(position, key, generation, request)
+                yield Job(position, key, generation, request)
 
-    def _batches(self, jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+    def _batches(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         """Jobs of equal settings together, long prompts first: what does not fit into memory fails at once."""
         groups = defaultdict(list)
         for job in jobs:
@@ -303,57 +321,21 @@ class FutureL1(lmms):
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    @torch.inference_mode()
-    def _answer(self, batch: list[_Job], bad: dict[tuple, str]) -> dict[int, dict[str, Any]]:
-        """Rows for the response log by position. Samples with bad media go to `bad` and get none."""
-        self._ensure_model()
-        good, inputs = [], []
-        for job in batch:
-            task, split, doc_id = job.document
-            try:
-                inputs.append(self._build(job.request.args[1](self.task_dict[task][split][doc_id])))
-                good.append(job)
-            except DataError as error:
-                bad[job.document] = str(error)
-        if not good:
-            return {}
-        generation = good[0].generation
-        seed = int(key_of([job.key for job in good])[:15], 16)
-        began = time.perf_counter()
-        output = generate(
-            self._model,
-            left_padded(inputs, self._build.processor.tokenizer.pad_token_id, self._device),
-            max_new_tokens=generation.max_new_tokens,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            top_k=generation.top_k,
-            generator=torch.Generator(self._device).manual_seed(seed),
-            **self._decoding(good),
-        )
-        seconds = (time.perf_counter() - began) / len(good)
-        rows = {}
-        for i, (job, sample) in enumerate(zip(good, inputs, strict=True)):
-            task, split, doc_id = job.document
-            rows[job.position] = {
-                "key": job.key,
-                "task": task,
-                "split": split,
-                "doc_id": doc_id,
-                "text": generation.cut(output.text[i]),
-                "input_tokens": sample["input_ids"].shape[1],
-                "output_tokens": len(output.responses[i]),
-                "latent_tokens": len(output.latents[i]),
-                "seconds": round(seconds, 6),
-                **self._kept(output, i),
-            }
-        return rows
+    def _inputs(self, bad: dict[tuple, str], job: Job) -> dict[str, torch.Tensor] | None:
+        """What the processor returns for the job; None if its media are bad, and `bad` says why."""
+        task, split, doc_id = job.document
+        try:
+            return self._build(job.request.args[1](self.task_dict[task][split][doc_id]))
+        except DataError as error:
+            bad[job.document] = str(error)
+            return None
 
-    def _decoding(self, jobs: list[_Job]) -> dict[str, Any]:
-        """Where the latents of these rows come from, as arguments of `generate`."""
+    def _decoding(self, jobs: list[Job]) -> dict[str, Any]:
+        """Where the latents of these rows come from, as arguments of `generate`. Engine hf only."""
         return {"policy": self.policy}
 
     def _kept(self, output: LatentOutput, i: int) -> dict[str, Any]:
-        """More fields, as JSON, of the row in the response log that row i of `output` becomes."""
+        """More fields, as JSON, of the row in the response log that row i of `output` becomes. Engine hf only."""
         return {}
 
     def _report(self, rows: list[dict[str, Any] | None], bad: dict[tuple, str]) -> None:
@@ -389,6 +371,23 @@ class FutureL1(lmms):
         )
 
 
+def _row(job: Job, answer: Answer) -> dict[str, Any]:
+    """A row of the response log."""
+    task, split, doc_id = job.document
+    return {
+        "key": job.key,
+        "task": task,
+        "split": split,
+        "doc_id": doc_id,
+        "text": job.generation.cut(answer.text),
+        "input_tokens": answer.input_tokens,
+        "output_tokens": answer.output_tokens,
+        "latent_tokens": answer.latent_tokens,
+        "seconds": round(answer.seconds, 6),
+        **answer.kept,
+    }
+
+
 @dataclass
 class _Counts(TokenCounts):
     """lmms-eval's counts and the seconds that the sample took, for the logged samples."""
@@ -401,7 +400,8 @@ class _Counts(TokenCounts):
 
 def _result(row: dict[str, Any]) -> GenerationResult:
     """A row of the response log as lmms-eval takes it. `seconds`: the sample's share of its batch's time in `generate`
-    (the prompt's pass and decoding, not the reading of videos); logs of earlier versions have none."""
+    (the prompt's pass and decoding, not the reading of videos), or see `VllmAnswers`; logs of earlier versions have
+    none."""
     counts = _Counts(
         input_tokens=row["input_tokens"],
         output_tokens=row["output_tokens"],

@@ -11,6 +11,11 @@ from future_l1_plugin.errors import ConfigError
 INJECTED_UNTIL = ["\n\n"]
 #: Generation settings that some tasks carry for one family of models; they say nothing to others.
 FOREIGN = ("image_aspect_ratio", "use_cache")
+#: Model arguments that one engine alone knows, with the value that says nothing (lmms-eval always gives a batch size).
+ENGINES = {
+    "hf": {"device": None, "attn_implementation": None, "batch_size": 1},
+    "vllm": {"vllm_args": None},
+}
 KNOWN = ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample", "num_beams", "until")
 
 
@@ -58,6 +63,16 @@ class Generation:
         return text[: min(ends)] if ends else text
 
 
+def check_engine(engine: str, given: dict[str, Any]) -> None:
+    """Raises ConfigError: no such engine, or an argument among `given` that only another one knows."""
+    one_of("engine", engine, tuple(ENGINES))
+    for other, names in ENGINES.items():
+        wrong = [name for name, default in names.items() if str(given[name]) != str(default)]
+        if other != engine and wrong:
+            ways = {"hf": "", "vllm": ': vLLM has arguments of its own, vllm_args={"max_num_seqs": 64, ..}'}
+            raise ConfigError(f"engine={engine} takes no {', '.join(wrong)}, which engine={other} does{ways[engine]}")
+
+
 def whole(name: str, value: Any, least: int = 1) -> Any:
     """`value` as a whole number of at least `least`; None stays None."""
     if value is None:
@@ -101,7 +116,7 @@ def json_object(name: str, value: str | dict[str, Any] | None) -> dict[str, Any]
     try:
         parsed = json.loads(value)
     except json.JSONDecodeError as error:
-        raise ConfigError(f'{name}: expected JSON such as {{"kappa": 100}}, found {value!r} ({error})') from error
+        raise ConfigError(f'{name}: expected JSON such as {{"key": 1}}, found {value!r} ({error})') from error
     if not isinstance(parsed, dict):
         raise ConfigError(f"{name}: expected a JSON object, found {value!r}")
     return parsed
