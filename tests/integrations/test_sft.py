@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from real_size import write_config
 
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import make_world
@@ -182,35 +183,7 @@ def test_a_sweep_trains_each_value_and_goes_on(recipe, tmp_path, capfd):
 @pytest.fixture(scope="module")
 def eight_billion(tmp_path_factory) -> Path:
     """The configuration of Qwen3-VL-8B with latent keys: a folder without weights, tokenizer and processor."""
-    from transformers import Qwen3VLConfig
-
-    rope = dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)
-    config = Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=151936,
-            hidden_size=4096,
-            intermediate_size=12288,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            rope_parameters=rope,
-        ),
-        vision_config=dict(
-            depth=27,
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_heads=16,
-            patch_size=16,
-            out_hidden_size=4096,
-            num_position_embeddings=2304,
-            deepstack_visual_indexes=[8, 16, 24],
-        ),
-        tie_word_embeddings=False,
-    )
-    LatentConfig(151669, 151670, 151671).to_hf(config)
-    config.save_pretrained(tmp_path_factory.mktemp("8b") / "latent")
-    return tmp_path_factory.getbasetemp() / "8b0" / "latent"
+    return write_config(tmp_path_factory.mktemp("8b") / "latent")
 
 
 @pytest.fixture
