@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.vllm import engine_args, read_latents
+from future_l1_plugin.integrations.vllm import engine_args, media, read_latents
 from future_l1_plugin.integrations.vllm.results import unpack
 from future_l1_plugin.latent import LatentChannel
 from future_l1_plugin.latent.channel import HEAD_NAME
@@ -291,13 +291,20 @@ def test_prompts_reach_vllm_as_the_processor_made_them(vllm, reference):
             where = [place.offset + i for i in place.is_embed.nonzero().squeeze(1).tolist()]
             assert {ids[i] for i in where} == {token} and where[-1] == place.offset + place.length - 1
             found += where
-    media = (model.config.image_token_id, model.config.video_token_id)
-    assert sorted(found) == [i for i, token in enumerate(ids) if token in media]
+    shown = (model.config.image_token_id, model.config.video_token_id)
+    assert sorted(found) == [i for i, token in enumerate(ids) if token in shown]
     frames = [item["video_grid_thw"].data[0] for item in prompt["mm_kwargs"]["video"]]
     assert frames == [2, 1] and len(set(prompt["mm_hashes"]["video"])) == 2
     assert len(set(prompt["mm_hashes"]["image"])) == 1
     with pytest.raises(ConfigError, match="placeholders for pixel_values"):
         engine_input(ids[:-60], inputs, model.config)
+    names = {"video": ["a", "b"], "image": ["c", "c"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media, "_name", lambda *item: pytest.fail("pixels were read again"))
+        assert engine_input(ids, inputs, model.config, names)["mm_hashes"] == names
+        with pytest.raises(ConfigError, match=r"expected names for \{'image': 2, 'video': 2\}, found \{'image': 2\}"):
+            engine_input(ids, inputs, model.config, {"image": ["c", "c"]})
+    assert prompt["mm_hashes"] == media.media_hashes(inputs)
     assert engine_input([1, 2, 3], {}, model.config)["type"] == "token"
 
 

@@ -1,5 +1,6 @@
 """The parts of latent decoding in vLLM that need no vLLM."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.integrations.vllm import engine_args, overrides, read_config
 from future_l1_plugin.integrations.vllm.__main__ import command
+from future_l1_plugin.integrations.vllm.media import media_hashes
 from future_l1_plugin.integrations.vllm.noise import draw, uniforms
 from future_l1_plugin.integrations.vllm.params import LatentParams
 from future_l1_plugin.integrations.vllm.results import forced_ids, pack, unpack
@@ -149,6 +151,39 @@ def test_results_survive_the_way_through_json():
     for none in (None, {"other": 1}):
         with pytest.raises(ConfigError, match="holds no latents"):
             unpack(none)
+
+
+def shown(pixels):
+    """Two images of 4 and 8 patches, and a video of 8."""
+    video = {"pixel_values_videos": pixels[:8], "video_grid_thw": torch.tensor([[2, 2, 2]])}
+    return {"pixel_values": pixels[:12], "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 4]]), **video}
+
+
+def test_names_of_pixels_are_those_of_their_bytes():
+    pixels = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    names = media_hashes(shown(pixels))
+    # bfloat16 by hand: the upper half of a float32.
+    data = (pixels.float().numpy().view("uint32") >> 16).astype("uint16").tobytes()
+    wanted = ((b"image [1, 2, 2]", data[:48]), (b"image [1, 2, 4]", data[48:]), (b"video [2, 2, 2]", data[:96]))
+    wanted = [hashlib.sha256(what + b" torch.bfloat16" + of).hexdigest() for what, of in wanted]
+    assert names == {"image": wanted[:2], "video": wanted[2:]}
+    assert media_hashes(shown(pixels.clone())) == names and media_hashes({}) == {}
+    apart = torch.cat([pixels, pixels], 1)[:, :6]  # the same values, with gaps between the rows
+    assert not apart.is_contiguous() and media_hashes(shown(apart)) == names
+    assert not set(media_hashes(shown(pixels.float()))["image"]) & set(names["image"])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"image_grid_thw": torch.tensor([[1, 2, 2]])}, "image_grid_thw tells of 4 patches, pixel_values has 12"),
+        ({"video_grid_thw": None}, "expected pixel_values_videos and video_grid_thw together"),
+    ],
+)
+def test_pixels_and_grids_that_do_not_agree(change, match):
+    inputs = {name: value for name, value in (shown(torch.zeros(12, 6)) | change).items() if value is not None}
+    with pytest.raises(ConfigError, match=match):
+        media_hashes(inputs)
 
 
 def test_engine_args(tiny_path):

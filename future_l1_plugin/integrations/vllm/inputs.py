@@ -1,7 +1,6 @@
 """A prompt for vLLM from what the processor returned, so that both see the same ids and pixels."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,43 +11,49 @@ from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
 from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.vllm.media import MEDIA, items_of, media_hashes
 
-_MEDIA = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
 
-
-def engine_input(prompt_ids: list[int], inputs: Mapping[str, Any], config: Any) -> TokensInput | MultiModalInput:
+def engine_input(
+    prompt_ids: list[int], inputs: Mapping[str, Any], config: Any, hashes: Mapping[str, Sequence[str]] | None = None
+) -> TokensInput | MultiModalInput:
     """What `AsyncLLM.generate` takes in place of text and pictures; vLLM then runs no processor of its own.
 
     Args:
         prompt_ids: every image and video placeholder written out.
         inputs: the processor's output for this one prompt; of it pixels and grids are used.
         config: Qwen3-VL's configuration.
+        hashes: `media_hashes` of these inputs. None: taken here, which reads every pixel.
 
     Raises:
-        ConfigError: placeholders and grids do not agree.
+        ConfigError: placeholders, pixels, grids and hashes do not agree.
     """
-    given = {name: torch.as_tensor(inputs[name]) for pair in _MEDIA for name in pair[1:] if name in inputs}
     merged = config.vision_config.spatial_merge_size**2
     ids = torch.tensor(prompt_ids)
-    placeholders, hashes = {}, {}
-    for kind, pixels, grid in _MEDIA:
+    given, placeholders = {}, {}
+    for kind, pixels, grid in MEDIA:
         where = (ids == getattr(config, f"{kind}_token_id")).nonzero().squeeze(1)
-        patches = given[grid].prod(-1).tolist() if grid in given and pixels in given else []
-        if len(where) != sum(patches) // merged:
+        counts = [len(patches) // merged for patches, _ in items_of(inputs, pixels, grid)]
+        if len(where) != sum(counts):
             raise ConfigError(
-                f"the prompt has {len(where)} placeholders for {pixels}, the inputs bring {sum(patches) // merged}. "
+                f"the prompt has {len(where)} placeholders for {pixels}, the inputs bring {sum(counts)}. "
                 "Pass ids and inputs from one call of the processor"
             )
-        if patches:
-            places = where.split([n // merged for n in patches])
-            items = zip(places, given[pixels].split(patches), given[grid], strict=True)
-            found = [(_range(kind, at), _name(kind, *tensors)) for at, *tensors in items]
-            placeholders[kind], hashes[kind] = ([pair[i] for pair in found] for i in (0, 1))
+        if counts:
+            given |= {name: torch.as_tensor(inputs[name]) for name in (pixels, grid)}
+            placeholders[kind] = [_range(kind, at) for at in where.split(counts)]
     if not placeholders:
         return tokens_input(prompt_ids)
+    hashes = media_hashes(given) if hashes is None else {kind: list(names) for kind, names in hashes.items()}
+    if (have := _counts(hashes)) != (want := _counts(placeholders)):
+        raise ConfigError(f"hashes: expected names for {want}, found {have}. Pass media_hashes of the same inputs")
     fields = _create_qwen2vl_field_factory(config.vision_config.spatial_merge_size)(given)
     items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(given), fields)
     return mm_input(prompt_ids, items, hashes, placeholders)
+
+
+def _counts(of_kinds: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    return {kind: len(found) for kind, found in of_kinds.items()}
 
 
 def _range(kind: str, where: Tensor) -> PlaceholderRange:
@@ -57,10 +62,3 @@ def _range(kind: str, where: Tensor) -> PlaceholderRange:
     embedded = torch.zeros(end - start, dtype=torch.bool)
     embedded[where - start] = True  # between a video's frames stand times and markers
     return PlaceholderRange(start, end - start, embedded)
-
-
-def _name(kind: str, pixels: Tensor, grid: Tensor) -> str:
-    """The same for the same pixels: vLLM's caches of vision features and prompts go by it."""
-    digest = hashlib.sha256(f"{kind} {grid.tolist()} {pixels.dtype}".encode())
-    digest.update(pixels.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
