@@ -1,6 +1,7 @@
 """LA-DAPO: advantages, group filter, policy loss over tokens and latents. Pure tensor functions: no host, no I/O."""
 
 from future_l1_plugin.la_dapo.advantage import group_advantage, la_dapo_advantage
+from future_l1_plugin.la_dapo.correction import RolloutCorrection, correction_weights
 from future_l1_plugin.la_dapo.filter import keep_group
 from future_l1_plugin.la_dapo.policy_loss import LaDapoLoss, policy_loss
 from future_l1_plugin.la_dapo.rollout import rollout_log_probs
@@ -8,8 +9,10 @@ from future_l1_plugin.la_dapo.tempering import Tempering, continue_log_prob, lat
 
 __all__ = [
     "LaDapoLoss",
+    "RolloutCorrection",
     "Tempering",
     "continue_log_prob",
+    "correction_weights",
     "group_advantage",
     "keep_group",
     "la_dapo_advantage",

@@ -97,6 +97,7 @@ def policy_loss(
     ref_log_prob: Tensor | None = None,
     latent_kl: Tensor | None = None,
     entropy: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The share of one micro-batch in the loss of the whole batch.
 
@@ -119,6 +120,8 @@ def policy_loss(
         latent_kl: floating (B, T), `tempering.latent_kl` at latent positions; needed if latent_kl_weight > 0 and the
             batch has latents.
         entropy: floating (B, T), of the token distributions, in nats; only reported.
+        weights: floating (B, T), of each action's policy loss, clipped as it is: `correction.correction_weights`, where
+            the rollout's policy is not the actor's. Count as data.
 
     Returns:
         (loss, metrics, maxima). loss: scalar, always attached to log_prob's graph. metrics: 0-d tensors without
@@ -138,7 +141,9 @@ def policy_loss(
             that is not empty.
         ConfigError: a KL with a weight but without its values.
     """
-    _check_tensors(log_prob, old_log_prob, advantages, ref_log_prob, latent_kl, entropy, text_mask, latent_mask)
+    _check_tensors(
+        log_prob, old_log_prob, advantages, ref_log_prob, latent_kl, entropy, weights, text_mask, latent_mask
+    )
     _check_masks(text_mask, latent_mask, num_text, num_latents)
     if settings.kl_weight and ref_log_prob is None:
         raise ConfigError(
@@ -156,8 +161,10 @@ def policy_loss(
     log_ratio = log_prob - old_log_prob.detach().to(dtype)
     advantages = advantages.detach().to(dtype)
 
-    text = _clipped(log_ratio, advantages, text_mask, num_text, settings, "")
-    latent = _clipped(log_ratio, advantages, latent_mask, num_latents, settings, "latent_")
+    weights = None if weights is None else weights.detach().to(dtype)
+
+    text = _clipped(log_ratio, advantages, weights, text_mask, num_text, settings, "")
+    latent = _clipped(log_ratio, advantages, weights, latent_mask, num_latents, settings, "latent_")
     loss = text["pg_loss"] + settings.latent_weight * latent["pg_loss"]
     maxima = {"text/ratio_gap": text.pop("ratio_gap"), "latent/ratio_gap": latent.pop("ratio_gap")}
 
@@ -181,7 +188,13 @@ def policy_loss(
 
 
 def _clipped(
-    log_ratio: Tensor, advantages: Tensor, mask: Tensor, count: float, settings: LaDapoLoss, prefix: str
+    log_ratio: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None,
+    mask: Tensor,
+    count: float,
+    settings: LaDapoLoss,
+    prefix: str,
 ) -> dict[str, Tensor]:
     """PPO's clipped objective (arXiv 1707.06347, equation 7, as a loss) on the positions of `mask`, and its metrics."""
     low, high = getattr(settings, prefix + "clip_low"), getattr(settings, prefix + "clip_high")
@@ -197,6 +210,8 @@ def _clipped(
         most = -advantages * dual
         beyond = negative & (loss > most)
         loss = torch.where(negative, torch.minimum(loss, most), loss)
+    if weights is not None:
+        loss = loss * weights
     return {
         "pg_loss": _mean(loss, mask, count),
         "ratio": _mean(ratio, mask, count),
@@ -218,7 +233,8 @@ def _check_tensors(log_prob: Tensor, *others: Tensor | None) -> None:
         raise ValueError(
             f"la_dapo log_prob: expected floating (B, T), found {log_prob.dtype} of shape {tuple(log_prob.shape)}"
         )
-    names = ("old_log_prob", "advantages", "ref_log_prob", "latent_kl", "entropy", "text_mask", "latent_mask")
+    names = ("old_log_prob", "advantages", "ref_log_prob", "latent_kl", "entropy", "weights")
+    names += ("text_mask", "latent_mask")
     for name, tensor in zip(names, others, strict=True):
         if tensor is not None and tensor.shape != log_prob.shape:
             raise ValueError(
