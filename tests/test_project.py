@@ -41,7 +41,7 @@ def test_every_pin_is_in_its_own_range():
 
 def test_lock_and_table_agree(repository):
     locked = lock(repository)
-    table = {normal(p.name): p.pin for p in compat.PINS if set(p.extras) - {"vllm"}}
+    table = {normal(p.name): p.pin for p in compat.PINS if set(p.extras) - compat.ON_A_GPU}
     assert {name: locked.get(name) for name in table} == table
 
 
@@ -112,6 +112,41 @@ def test_require_takes_the_cpu_build_of_vllm(monkeypatch):
 
     monkeypatch.setattr(compat.metadata, "version", version)
     assert compat.require("vllm") == "0.31.0"
+
+
+def test_flash_attn_is_in_no_extra_but_its_own():
+    assert compat.requirements("flash") == ["flash-attn>=2.8.3,<2.9"]
+    assert not any("flash-attn" in row for row in (*compat.requirements("all"), *compat.constraints()))
+    assert compat.pip_command(compat.pin_of("flash-attn")).endswith(
+        'pip install --no-build-isolation "flash-attn==2.8.3.post2"'
+    )
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_attention_without_flash_attn_is_refused_with_command_and_key(monkeypatch, cuda):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)  # a trainer without a GPU of its own asks, too
+    monkeypatch.setattr(compat, "installed", lambda name: None)
+    with pytest.raises(EnvironmentMismatch) as raised:
+        compat.require_attention("flash_attention_2", "train.attn_implementation")
+    assert "Either set train.attn_implementation=sdpa" in str(raised.value)
+    assert str(raised.value).endswith('pip install --no-build-isolation "flash-attn==2.8.3.post2"')
+    for name in ("sdpa", "eager", None):
+        compat.require_attention(name, "train.attn_implementation")
+
+
+def test_attention_with_an_old_or_broken_flash_attn_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(compat, "installed", lambda name: (name, "2.7.4.post1"))
+    with pytest.raises(EnvironmentMismatch, match=r"2\.7\.4\.post1 is too old: supported is >=2\.8\.3"):
+        compat.require_attention("flash_attention_2", "key")
+    monkeypatch.setattr(compat, "installed", lambda name: (name, "2.8.3"))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvironmentMismatch, match=r"undefined symbol.* built for another torch") as raised:
+        compat.require_attention("flash_attention_2", "key")
+    assert str(raised.value).endswith("--force-reinstall --no-deps --no-cache-dir")
+    (tmp_path / "flash_attn.py").write_text("")
+    compat.require_attention("flash_attention_2", "key")
 
 
 def test_require_returns_the_version():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from future_l1_plugin.compat import require_attention
 from future_l1_plugin.config import load_recipe, save_recipe
 from future_l1_plugin.errors import ConfigError, DataError, UserError
 from future_l1_plugin.integrations.sft.host import host_of
@@ -39,6 +40,7 @@ def run(recipe: SftRecipe) -> Path:
     torch.set_flush_denormal(True)
     output, train, log = Path(recipe.output), recipe.train, recipe.log
     final, checkpoints = output / "final", output / "checkpoints"
+    require_attention(train.attn_implementation, "train.attn_implementation")
     host = host_of(recipe)
     arguments = host.arguments(recipe, checkpoints)
     if arguments.process_index == 0:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
+from future_l1_plugin.compat import require_attention
 from future_l1_plugin.config import from_mapping
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
@@ -94,6 +95,33 @@ class Settings:
 def latent_section(config: DictConfig) -> LatentSection:
     """The `latent` section. Raises ConfigError."""
     return from_mapping(LatentSection, config.get("latent", {}), "latent")
+def attention(config: DictConfig) -> str:
+    """The attention implementation of actor and reference. The default is that of verl's `HFModelConfig`."""
+    return config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+
+
+def check_attention(config: DictConfig) -> None:
+    """Raises EnvironmentMismatch: this environment lacks what `attention` needs.
+
+    The price of sdpa: transformers tells packed samples apart by their positions and makes a mask of it (padded ones
+    have one, too), boolean, and once more in bfloat16 in torch's kernel. And verl takes log-probabilities token by
+    token, where flash-attn has a kernel for them.
+    """
+    tokens = config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    mask = f"{attention_mask_bytes(tokens) / 2**30:.2f} GiB for a micro-batch of {tokens:,}"
+    require_attention(
+        attention(config),
+        "++actor_rollout_ref.model.override_config.attn_implementation",
+        f"at the price of a mask of tokens x tokens ({mask}), attention over all of its pairs, and log-probabilities "
+        "token by token",
+    )
+
+
+def attention_mask_bytes(tokens: int) -> int:
+    """Of sdpa for a packed micro-batch; see `check_attention`."""
+    return 3 * tokens**2
+
+
 
 
 def reward_set(config: DictConfig) -> RewardSet:

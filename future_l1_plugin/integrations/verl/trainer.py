@@ -26,7 +26,7 @@ from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metri
 from future_l1_plugin.integrations.verl.plugin import TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.reward import last_token
-from future_l1_plugin.integrations.verl.settings import Settings
+from future_l1_plugin.integrations.verl.settings import Settings, check_attention
 from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.latent import LatentTokens
 
@@ -40,6 +40,7 @@ class LaDapoTrainer(PPOTrainerSync):
         if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
             require("vllm")  # before any worker starts
         super().__init__(config)
+        check_attention(config)
         self._submitted = (0, 0)  # step, prompts of it
         self._logged = b""
 
