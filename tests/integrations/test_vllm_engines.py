@@ -128,7 +128,7 @@ def test_settings_reach_vllm(evaluate, monkeypatch):
     from future_l1_plugin.integrations.vllm.engine import VllmEngine
 
     made, make = [], VllmEngine._request
-    monkeypatch.setattr(VllmEngine, "_request", lambda self, ask: made.append(make(self, ask)) or made[-1])
+    monkeypatch.setattr(VllmEngine, "_request", lambda *given: made.append(make(*given)) or made[-1])
     more = {"policy": "vmf", "policy_kwargs": '{"mean_cosine": 0.5}', "resume": False, "vllm_args": json.dumps(ARGS)}
     drawn = [counted(evaluate("vllm", "max_new_tokens=8,temperature=0.9", **more)) for _ in range(2)]
     assert drawn[0] == drawn[1]
@@ -141,7 +141,10 @@ def test_settings_reach_vllm(evaluate, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused(evaluate):
-    with pytest.raises(ConfigError, match=r"an answer of up to 500 do not fit vLLM's max_model_len of 512\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"test \d: a prompt of \d+ tokens and an answer of up to 500 do not fit vLLM's max_model_len of 512\.",
+    ):
         evaluate("vllm", "max_new_tokens=500", vllm_args=json.dumps(ARGS))
 
 

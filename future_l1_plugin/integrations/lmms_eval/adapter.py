@@ -352,7 +352,8 @@ class FutureL1(lmms):
         )
         if not bad:
             return
-        lines = [f"  {task}, {split} {doc_id}: {error}" for (task, split, doc_id), error in bad.items()]
+        # Sorted, because an engine may have read them in threads.
+        lines = [f"  {task}, {split} {doc_id}: {error}" for (task, split, doc_id), error in sorted(bad.items())]
         listed = "\n".join(lines[:SHOWN] + [f"  .. and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN))
         if not self._skip_bad:
             raise DataError(

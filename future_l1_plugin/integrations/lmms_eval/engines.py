@@ -6,7 +6,7 @@ Both are given the same inputs and the same settings. Either loads its weights a
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +49,8 @@ class Answer:
     kept: dict[str, Any] = field(default_factory=dict)
 
 
-#: What the processor returned for a job, batch dimension 1; None if its images or videos are bad.
+#: What the processor returned for a job, batch dimension 1; None if its images or videos are bad. Engines may call it
+#: from several threads.
 InputsOf = Callable[[Job], dict[str, Tensor] | None]
 
 
@@ -160,22 +161,28 @@ class VllmAnswers:
     def answers(self, batches: Iterable[list[Job]], inputs_of: InputsOf) -> Iterator[list[tuple[Job, Answer]]]:
         engine = self._engine
         began = time.perf_counter()
-        for answers in engine.answers(self._asked(batches, inputs_of)):
+        jobs = (job for batch in batches for job in batch)
+        for answers in engine.answers(jobs, partial(self._asks, inputs_of)):
             seconds, began = (time.perf_counter() - began) / len(answers), time.perf_counter()
             yield [
                 (job, Answer(answer.text, input_tokens, len(answer.ids), answer.latents, seconds))
                 for (job, input_tokens), answer in answers
             ]
 
-    def _asked(self, batches: Iterable[list[Job]], inputs_of: InputsOf) -> Iterator[Any]:
-        from future_l1_plugin.integrations.vllm.engine import Ask
+    @staticmethod
+    def _asks(inputs_of: InputsOf, job: Job) -> list[Any]:
+        """One question, or none if it cannot be shown. Called in threads."""
+        from future_l1_plugin.integrations.vllm.engine import Ask, named
 
-        for job in (job for batch in batches for job in batch):
-            if (inputs := inputs_of(job)) is not None:
-                ids, given = inputs["input_ids"][0].tolist(), asdict(job.generation)
-                sampling = {name: given[name] for name in ("temperature", "top_p", "top_k")}
-                sampling["max_tokens"] = job.generation.max_new_tokens
-                yield Ask((job, len(ids)), ids, inputs, _seed([job]), sampling)
+        task, split, doc_id = job.document
+        with named(name := f"{task}, {split} {doc_id}"):
+            inputs = inputs_of(job)
+        if inputs is None:
+            return []
+        ids, given = inputs["input_ids"][0].tolist(), asdict(job.generation)
+        sampling = {key: given[key] for key in ("temperature", "top_p", "top_k")}
+        sampling["max_tokens"] = job.generation.max_new_tokens
+        return [Ask((job, len(ids)), ids, inputs, _seed([job]), sampling, name)]
 
     def describe(self) -> dict[str, Any]:
         from future_l1_plugin.compat import require
