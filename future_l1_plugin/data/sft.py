@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,14 +33,16 @@ IGNORED = -100  # label of positions without cross-entropy
 _TURN = "<|im_start|>"
 
 
-def check_records(records: Records, on_bad: str = "raise") -> Records:
+def check_records(records: Records, on_bad: str = "raise", question_media: str = "images") -> Records:
     """Find records that cannot be trained on before anything is loaded; no video is decoded.
 
-    Bad are: a video that is missing, empty or cut off, and words that spell the model's control tokens.
+    Bad are: a video that is missing, empty or cut off, words that spell the model's control tokens, and a question
+    without frames where they are shown as a video.
 
     Args:
         records: what `load_records` returned.
         on_bad: "raise" or "skip", as there.
+        question_media: as in `SftCollator`.
 
     Raises:
         DataError: counts the bad records and lists the first ten; with "skip" only if no good one is left.
@@ -54,6 +57,8 @@ def check_records(records: Records, on_bad: str = "raise") -> Records:
             except DataError as error:
                 faults[record.video] = str(error)
         reason = faults[record.video] or text_fault(record)
+        if not reason and question_media == "video" and not record.image:
+            reason = "its question has no frames (`image` is empty), and question_media=video shows them as a video"
         if reason:
             bad.append(BadRecord("record", record.id, reason))
         else:
@@ -93,6 +98,9 @@ class SftDataset(Dataset):
     def __getitem__(self, index: int) -> SftSample:
         record = self.records[index]
         wanted = [*record.image, *(record.reasoning_image if self.spans else ())]
+        if not wanted:
+            clip = VideoFrames(np.empty((0, 0, 0, 3), np.uint8), [], 0.0, 0, record.video, "")
+            return SftSample(record, clip, clip if self.spans else None)
         try:
             clip = self._cache.read(record.video, pool=wanted)
         except DataError as error:
@@ -167,8 +175,13 @@ class SftCollator:
     Returns (on call): what the model takes (input_ids, attention_mask, mm_token_type_ids, pixel values and grids) and
         labels Long (B, T), -100 where there is no cross-entropy;
         response_start Long (B,), index of the first response token;
-        latent_pixel_values, latent_grid_thw: the future frames of all rows, as the image processor returns them;
-        latent_frames Long (B,): future frames in each row.
+        latent_frames Long (B,): future frames in each row;
+        latent_pixel_values, latent_grid_thw: the future frames of all rows, as the image processor returns them; where
+        no row has any, one blank picture that belongs to none. Absent without spans;
+        blank_pixel_values, blank_grid_thw: a blank picture, only where no row's question shows one.
+
+    Blank pictures are there because ranks that gather weights as they go (ZeRO-3) must run the vision tower equally
+    often, whatever their records hold; see `model.objective`.
     """
 
     def __init__(
@@ -185,12 +198,13 @@ class SftCollator:
         self.question_media, self.spans = question_media, spans
         image = processor.image_processor
         self._side = image.patch_size * image.merge_size  # pixels a side that become one token
+        self._blank = np.zeros((self._side, self._side, 3), np.uint8)
         self._header = processor.tokenizer(ASSISTANT_HEADER, add_special_tokens=False)["input_ids"]
 
     def __call__(self, samples: list[SftSample]) -> dict[str, Tensor]:
         frames = [frame for s in samples if s.future is not None for frame in s.future.frames]
-        latents = self._latent_images(frames) if frames else None
-        lengths = iter(self._span_lengths(latents["image_grid_thw"]) if latents else ())
+        latents = self._latent_images(frames or [self._blank]) if self.spans else None
+        lengths = iter(self._span_lengths(latents["image_grid_thw"]) if frames else ())
         texts, turns = zip(*(self._text(sample, lengths) for sample in samples), strict=True)
         media = self._media(samples)
         batch = self.processor(text=list(texts), padding=True, padding_side="right", return_tensors="pt", **media)
@@ -205,9 +219,13 @@ class SftCollator:
         batch["response_start"] = self._response_start(ids, turns)
         batch["labels"] = self._labels(ids, batch["attention_mask"], batch["response_start"])
         batch["latent_frames"] = torch.tensor([0 if s.future is None else len(s.future.frames) for s in samples])
-        if latents:
-            batch["latent_pixel_values"] = latents["pixel_values"]
-            batch["latent_grid_thw"] = latents["image_grid_thw"]
+        shown = {"latent": latents}
+        if "pixel_values" not in batch and "pixel_values_videos" not in batch:
+            shown["blank"] = self._latent_images([self._blank])
+        for name, pictures in shown.items():
+            if pictures:
+                batch[f"{name}_pixel_values"] = pictures["pixel_values"]
+                batch[f"{name}_grid_thw"] = pictures["image_grid_thw"]
         return batch
 
     def _latent_images(self, frames: list[Any]) -> dict[str, Tensor]:

@@ -28,7 +28,15 @@ from future_l1_plugin.model.batch import left_padded
 from future_l1_plugin.model.objective import latent_targets
 from future_l1_plugin.rewards.diversity import mean_adjacent_cosine
 
-OURS = ("labels", "response_start", "latent_frames", "latent_pixel_values", "latent_grid_thw")
+OURS = (
+    "labels",
+    "response_start",
+    "latent_frames",
+    "latent_pixel_values",
+    "latent_grid_thw",
+    "blank_pixel_values",
+    "blank_grid_thw",
+)
 
 
 def by_hop(rows: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:

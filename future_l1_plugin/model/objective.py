@@ -10,6 +10,12 @@ the answer off a sharp e*, where decoding gives it mu: the best guess, and there
 gap: in a share of the rows the inputs are the model's own mu, as in decoding. It is scheduled sampling (Bengio et
 al., arXiv 1506.03099) for latents, with parallel passes instead of one latent after the other (Mihaylova and Martins,
 arXiv 1906.07651). Both losses stay as they are: mu is still drawn to e*, text learns to cope with what mu lacks.
+
+Where each rank holds a part of each weight (ZeRO-3), a module's forward pass is a collective operation: ranks that call
+modules in another order, or one of them once more, wait for each other for ever. So the order is one and the same for
+every batch of a run: the vision tower for e* (unless the run has no spans), the passes of the own latents (if there are
+any), the pass with gradients; in it, as in the first of the own passes, the vision tower runs once, behind the input
+embedding. What a batch lacks, future frames or question frames, stands in it as a blank picture that changes no value.
 """
 
 from collections.abc import Iterator
@@ -21,13 +27,20 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from future_l1_plugin.latent.channel import LatentChannel
+from future_l1_plugin.latent.channel import LatentChannel, text_backbone
 from future_l1_plugin.latent.loss import latent_loss, pool_targets
 from future_l1_plugin.latent.policy import build_policy
 from future_l1_plugin.model.config import LatentConfig
 
 #: Keys of a batch that are not arguments of the model.
-_OURS = ("latent_pixel_values", "latent_grid_thw", "latent_frames", "response_start")
+_OURS = (
+    "latent_pixel_values",
+    "latent_grid_thw",
+    "latent_frames",
+    "blank_pixel_values",
+    "blank_grid_thw",
+    "response_start",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ TEACHER_FORCING = OwnLatents()
 def latent_targets(model: nn.Module, config: LatentConfig, batch: dict[str, Any]) -> list[Tensor]:
     """e* for each row: (k_i, H), the merger output of its future frames, pooled if the training budget is fixed."""
     frames = batch["latent_frames"].tolist()
-    if sum(frames) == 0:
+    if "latent_pixel_values" not in batch:  # a run without spans
         return [torch.empty(0) for _ in frames]
     pixels, grid = batch["latent_pixel_values"], batch["latent_grid_thw"]
     features = _backbone(model).get_image_features(pixels, grid, return_dict=True).pooler_output
@@ -82,6 +95,29 @@ def _backbone(model: nn.Module) -> nn.Module:
         if hasattr(module, "visual") and hasattr(module, "language_model") and "visual" in module._modules:
             return module
     raise TypeError(f"{type(model).__name__}: found no Qwen3-VL with `visual` and `language_model` in it")
+
+
+@contextmanager
+def _as_with_pictures(model: nn.Module, batch: dict[str, Any]) -> Iterator[None]:
+    """A forward pass of a batch that shows no picture runs the vision tower nevertheless, where others run it.
+
+    Its output goes into the embeddings times zero: under training of the vision tower its backward pass runs, too.
+    """
+    if "blank_pixel_values" not in batch:
+        yield
+        return
+    backbone = _backbone(model)
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
+        seen = backbone.get_image_features(batch["blank_pixel_values"], batch["blank_grid_thw"], return_dict=True)
+        nothing = sum(0.0 * features.sum() for features in (*seen.pooler_output, *seen.deepstack_features))
+        return embeddings + nothing.to(embeddings)
+
+    handle = text_backbone(model).embed_tokens.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -133,7 +169,8 @@ def own_latents(
         )
 
     with _evaluating(model):
-        run(slice(0, begin), **media, **grids)
+        with _as_with_pictures(model, batch):
+            run(slice(0, begin), **media, **grids)
         fed = torch.zeros(int(where.sum()), _width(model), device=ids.device)
         with LatentChannel(model, config.tokens) as channel:
             for _ in range(passes):
@@ -182,7 +219,7 @@ def sft_losses(
         mine = mine.split([len(row) for row in targets])
         fed = [a if is_own else b for a, b, is_own in zip(mine, targets, drawn.tolist(), strict=True)]
     inputs = {key: value for key, value in batch.items() if key not in _OURS}
-    with LatentChannel(model, config.tokens) as channel:
+    with LatentChannel(model, config.tokens) as channel, _as_with_pictures(model, batch):
         channel.feed(fed, batch["response_start"])
         ce = model(**inputs).loss
     kept = [row for row in targets if len(row)]

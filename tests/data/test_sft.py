@@ -142,6 +142,21 @@ def test_the_text_only_control_is_the_latent_text_without_spans(parts):
     assert torch.equal(control["pixel_values"], latent["pixel_values"])
 
 
+def test_a_blank_picture_stands_for_what_a_batch_lacks(parts):
+    """Ranks must run the vision tower equally often; see `model.objective`. No token stands for a blank picture."""
+    without = record(reasoning=(Text("it moves"),), question="Where will it be?", image=[])
+    batch = collator(parts)([sample(without), sample(without)])
+    for name in ("latent", "blank"):
+        assert batch[f"{name}_grid_thw"].tolist() == [[1, 2, 2]]  # one token of 2 x 2 patches
+    assert batch["latent_frames"].tolist() == [0, 0] and spans(parts, batch["input_ids"][0]) == []
+    assert "pixel_values" not in batch
+    mixed = collator(parts)([sample(without), sample()])
+    assert mixed["latent_frames"].tolist() == [0, 2] and len(mixed["latent_grid_thw"]) == 2
+    assert not [key for key in mixed if key.startswith("blank")]
+    control = collator(parts, spans=False)([sample(without, spans=False)])
+    assert "latent_pixel_values" not in control and "blank_pixel_values" in control
+
+
 # ---- spans ----------------------------------------------------------------------------------------------------------
 
 
@@ -367,6 +382,18 @@ def test_records_are_checked_before_training(scene, tmp_path):
     with pytest.raises(DataError, match="2 of 2"):
         check_records(Records(bad[:2]), on_bad="skip")  # nothing would be left
     assert check_records(Records([good])).items == [good]
+
+
+def test_a_question_without_frames(scene):
+    """Shown as images it has none, not even beside future frames; as a video it cannot be shown."""
+    good = world_record(scene)
+    silent = dataclasses.replace(good, id="silent", question="Where?", image=[])
+    assert check_records(Records([silent])).items == [silent]
+    (shown,) = SftDataset([silent], spans=False)
+    assert (len(shown.question_clip.frames), shown.future) == (0, None)
+    with pytest.raises(DataError, match=r"silent: its question has no frames .* question_media=video"):
+        check_records(Records([good, silent]), question_media="video")
+    assert check_records(Records([good, silent]), "skip", "video").items == [good]
 
 
 # ---- training shows what evaluation shows ---------------------------------------------------------------------------

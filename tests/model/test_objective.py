@@ -1,6 +1,9 @@
 """`sft_losses` against an obvious second implementation: no channel, everything written out, torch's own losses."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -376,3 +379,133 @@ def test_own_latents_of_rows_without_future_frames(model, processor, records, ho
     else:
         expected = sft_losses(model, config, batch).ce
     torch.testing.assert_close(losses.ce, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- ranks that wait for each other ---------------------------------------------------------------------------------
+
+
+def without_pictures(record):
+    return dataclasses.replace(record, question=record.question.replace("<image>", ""), image=[])
+
+
+def bare(record):
+    return without_frames(without_pictures(record))
+
+
+#: Micro-batches that two ranks may hold at a time.
+BATCHES = {
+    "pictures and future frames": lambda records: records[:2],
+    "no future frames": lambda records: [without_frames(record) for record in records[:2]],
+    "no pictures": lambda records: [without_pictures(record) for record in records[:2]],
+    "neither": lambda records: [bare(record) for record in records[:2]],
+    "one of each": lambda records: [bare(records[0]), records[1]],
+}
+
+
+def calls(model, run) -> list[str]:
+    """Names of the modules that hold weights, in the order in which their forward and backward passes begin.
+
+    These are the moments at which ZeRO-3 and FSDP gather weights, all ranks together: before a module's forward pass,
+    and when the gradient of its output is there.
+    """
+    order, handles = [], []
+
+    def watch(name, module):
+        def ends(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda _: order.append(f"{name}'"))
+
+        handles.append(module.register_forward_pre_hook(lambda *_: order.append(name)))
+        handles.append(module.register_forward_hook(ends))
+
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            watch(name, module)
+    run()
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+@pytest.mark.parametrize("media", ["images", "video"])
+def test_every_batch_makes_the_same_passes_in_the_same_order(model, processor, records, media, train_vision):
+    config, own = settings(model), OwnLatents(0.5, 2)
+    setattr(model, HEAD_NAME, build_head("lvr", model.config.text_config.hidden_size))
+    model.model.visual.requires_grad_(train_vision)
+    orders = {}
+    for name, chosen in BATCHES.items():
+        if media == "video" and name not in ("pictures and future frames", "no future frames"):
+            continue  # check_records leaves none of the others
+        batch = collate(processor, config, chosen(records), media)
+        step = lambda batch=batch: sft_losses(model, config, batch, own, torch.Generator()).total.backward()  # noqa: E731
+        orders[name] = calls(model, step)
+    first = orders["pictures and future frames"]
+    assert first.count("model.visual.patch_embed.proj") == 3  # e*, the own latents' prompt, the pass with gradients
+    assert first.count("lm_head") == 4 and ("model.visual.merger.linear_fc1'" in first) is train_vision
+    for name, order in orders.items():
+        assert order == first, name
+
+
+def test_a_blank_picture_changes_nothing(model, processor, records):
+    config = settings(model)
+    batch = collate(processor, config, BATCHES["neither"](records))
+    losses = sft_losses(model, config, batch)
+    ours = ("latent_", "blank_", "response_start")
+    plain = model(**{key: value for key, value in batch.items() if not key.startswith(ours)}).loss
+    assert torch.equal(losses.ce, plain) and not losses.latent.any()
+    losses.total.backward()
+    gradients = [p.grad for p in model.model.visual.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+RANKS = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+from future_l1_plugin.model import LatentConfig, load
+from future_l1_plugin.model.objective import OwnLatents, sft_losses
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+model, _ = load(sys.argv[1], dtype=torch.float32)
+batch = torch.load(sys.argv[2 + dist.get_rank()])
+config = LatentConfig.from_hf(model.config)
+
+def gather(number):
+    def hook(*_):  # stands for the gathering of a module's weights: every rank's numbers, which must be one
+        numbers = [torch.zeros(1, dtype=torch.long) for _ in range(2)]
+        dist.all_gather(numbers, torch.tensor([number]))
+        assert numbers[0] == numbers[1], f"rank {dist.get_rank()} is at module {number}, the ranks are at {numbers}"
+    return hook
+
+def ends(number):
+    def hook(module, args, output):
+        if output.requires_grad:
+            output.register_hook(gather(-number))
+    return hook
+
+for number, module in enumerate(model.modules()):
+    if list(module.parameters(recurse=False)):
+        module.register_forward_pre_hook(gather(number))
+        module.register_forward_hook(ends(number))
+losses = sft_losses(model, config, batch, OwnLatents(0.5, 2), torch.Generator().manual_seed(0))
+losses.total.backward()
+dist.barrier()
+print("done", flush=True)
+"""
+
+
+def test_two_ranks_with_unlike_records_do_not_wait_for_each_other(tiny_path, processor, records, tmp_path):
+    """Over gloo, with a collective operation before each module, as under ZeRO-3."""
+    config = LatentConfig.from_hf(load(tiny_path)[0].config)
+    names = ("pictures and future frames", "neither")
+    files = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    for file, name in zip(files, names, strict=True):
+        torch.save(collate(processor, config, BATCHES[name](records)), file)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, tmp_path / "ranks.py", tiny_path, *files]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done") == 2
