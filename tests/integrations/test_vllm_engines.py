@@ -2,6 +2,12 @@
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +127,51 @@ def test_an_evaluation_gives_the_same_answers(evaluate, starts, tmp_path):
     again = evaluate("vllm", vllm_args=json.dumps(ARGS), loose_latent_budget=2)
     assert counted(again) == counted(with_vllm)
     assert sorted(row["doc_id"] for row in map(json.loads, file.read_text().splitlines())) == list(range(QUESTIONS))
+
+
+def test_a_run_that_is_killed_early_keeps_its_answers(evaluate, checkpoint, tmp_path, monkeypatch):
+    """With kill -9 when its first answer is there. vLLM's own process ends with it and gives the device back."""
+    from future_l1_plugin.integrations.vllm.engine import VllmEngine
+
+    kept, args = tmp_path / "vllm.jsonl", json.dumps(ARGS | {"max_num_seqs": 1})
+    command = [sys.executable, "-m", "lmms_eval", "--model", "future_l1", "--tasks", "futurebench", "--limit", "8"]
+    command += ["--model_args", f"pretrained={checkpoint},responses={kept},engine=vllm,vllm_args={args}"]
+    command += ["--gen_kwargs", "max_new_tokens=12", "--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+        deadline = time.time() + 240
+        while not (kept.exists() and kept.read_text().count("\n")) and time.time() < deadline and run.poll() is None:
+            time.sleep(0.02)
+        children = children_of(run.pid)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    before = kept.read_text().splitlines() if kept.exists() else []
+    assert 1 <= len(before) < QUESTIONS, (tmp_path / "log").read_text()[-3000:]
+    assert children, "vLLM has no process of its own here"
+    deadline = time.time() + 20
+    while any(map(alive, children)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, children)), "vLLM outlives the run that was killed, and keeps its memory"
+
+    asked, make = [], VllmEngine._request
+    monkeypatch.setattr(VllmEngine, "_request", lambda *given: asked.append(given[1].name) or make(*given))
+    evaluate("vllm", vllm_args=json.dumps(ARGS))
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert kept.read_text().splitlines()[: len(before)] == before
+    assert sorted(row["doc_id"] for row in rows) == list(range(QUESTIONS)) and len(asked) == QUESTIONS - len(before)
+
+
+def children_of(parent):
+    """Processes that `parent` started, but for multiprocessing's own helpers, which end by themselves."""
+    ids = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    commands = {int(i): Path(f"/proc/{i}/cmdline").read_text().replace("\0", " ") for i in ids}
+    return [i for i, command in commands.items() if "resource_tracker" not in command]
+
+
+def alive(process):
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_settings_reach_vllm(evaluate, monkeypatch):

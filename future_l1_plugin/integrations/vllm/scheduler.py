@@ -11,6 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.vllm.connector import LatentConnector
+from future_l1_plugin.integrations.vllm.lifetime import end_with_parent
 from future_l1_plugin.integrations.vllm.params import REPLAY
 
 _Hasher = Callable[[Any], list[Any]]
@@ -32,6 +33,7 @@ class LatentScheduler(AsyncScheduler):
                 "Start the engine with future_l1_plugin.integrations.vllm.engine_args"
             )
         self._serial = count()
+        end_with_parent()  # vLLM makes its scheduler in the engine's process
 
     def add_request(self, request: Any) -> None:
         if request._block_hasher is not None:
