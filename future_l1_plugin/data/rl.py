@@ -172,9 +172,9 @@ def load_prompts(
             except BadRecordError as error:
                 bad.append(BadRecord(error.source, error.id, error.reason))
         if on_bad == "skip" and len(good) == so_far and count > before:
-            raise _report(bad[-(count - before) :], count - before, 0, f"{path}: ")
+            raise bad_prompts_error(bad[-(count - before) :], count - before, 0, f"{path}: ")
     if bad and on_bad == "raise":
-        raise _report(bad, count, len(good), "")
+        raise bad_prompts_error(bad, count, len(good))
     return Prompts(good, bad)
 
 
@@ -189,7 +189,8 @@ def _check_arguments(question_media: Any, num_frames: Any, on_bad: Any, limit: A
         raise ConfigError(f"limit: expected at least 1, or None for all prompts, found {limit!r}")
 
 
-def _report(bad: list[BadRecord], count: int, good: int, start: str) -> DataError:
+def bad_prompts_error(bad: list[BadRecord], count: int, good: int, start: str = "") -> DataError:
+    """One error for all bad prompts of `count`: the first ten, and what to do."""
     shown = "".join(f"\n  {item.source} (id {item.id}): {item.reason}" for item in bad[:_SHOWN])
     more = f"\n  and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
     way_on = f" Mend them, or go on with the other {good:,} by `on_bad: skip`." if good else " Mend them."

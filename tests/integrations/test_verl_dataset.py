@@ -279,7 +279,7 @@ def test_a_prompt_that_is_too_long_is_named(world, processor):
     exact = len(LatentRLDataset.encode(made(world)[0], processor).prompt_ids)
     LatentRLDataset.encode(made(world, max_prompt_length=exact)[0], processor)
     row = made(world, max_prompt_length=exact - 1)[0]
-    message = rf"prompt micro-train-00000: {exact} tokens, data.max_prompt_length is {exact - 1}\. Raise it, or "
+    message = rf"prompt micro-train-00000: {exact} tokens, data.max_prompt_length is {exact - 1}\. Raise it "
     with pytest.raises(DataError, match=message):
         LatentRLDataset.encode(row, processor)
 

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from future_l1_plugin.integrations.rl.samples import group_rewards
-from future_l1_plugin.integrations.verl.groups import ERROR, GroupBuffer, RolloutError
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
+from future_l1_plugin.integrations.verl.groups import GroupBuffer, whole_groups
 from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.reward import DROPPED, last_token
 from future_l1_plugin.integrations.verl.settings import GroupsSection
@@ -75,6 +76,7 @@ def test_groups_are_taken_in_the_order_of_submission():
         "groups/too_easy": 0,
         "groups/too_hard": 0,
         "groups/no_verdict": 0,
+        "groups/failed": 0,
         "groups/filtered": 0,
         "groups/surplus": 1,
     }
@@ -131,9 +133,74 @@ def test_starving_stops_with_the_reasons():
 @pytest.mark.parametrize("partition", ["train", "val"])
 def test_a_failed_rollout_stops_the_run_with_its_message(partition):
     submit("a0", [1.0, 0.0], partition=partition)
-    submit("a1", status="failure", partition=partition, **{ERROR: "RewardError: term 'mine' gave nan"})
+    submit("a1", status="failure", partition=partition, **{ERROR: "RewardError: term 'mine' gave nan", FATAL: True})
     with pytest.raises(RolloutError, match=r"1 of the step's prompts .* RewardError: term 'mine' gave nan"):
         buffer().sample(1, partition, 1)
+
+
+def fail(uid, reason, partition="train"):
+    submit(uid, status="failure", partition=partition, **{ERROR: reason, PROMPT_ID: f"prompt-{uid}"})
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_prompt_that_fails_by_its_own_fault_is_named_and_replaced(caplog):
+    submit("a0", [1.0, 0.0])
+    fail("a1", "clip.mp4: frame 3 does not come out")
+    submit("a1", [1.0], status="failure")  # a session that ended before its sibling failed
+    cleared, asked = [], []
+
+    def refill(count):
+        asked.append(count)
+        for i in range(count):
+            submit(f"b{i}", [1.0, 0.0])
+
+    buffered = buffer(refill, refill=1.0)
+    buffered.on_clear = cleared.append
+    batch, metrics = buffered.sample(1, "train", 2)
+    assert asked == [1]
+    assert {key.split("_")[0] for key in batch.keys} == {"a0", "b0"}
+    assert (metrics["groups/failed"], metrics["groups/filtered"], metrics["groups/rounds"]) == (1, 0, 2)
+    assert cleared == [{"a1"}]
+    assert "prompt prompt-a1 was dropped: clip.mp4: frame 3 does not come out" in caplog.text
+    assert not [key for key in tq.kv_list("train")["train"] if key.startswith("a1")]
+
+
+@pytest.mark.usefixtures("clean")
+def test_too_many_failures_in_a_step_stop_the_run():
+    for i in range(2):
+        fail(f"a{i}", "too long")
+
+    def refill(count):
+        fail("b0", "broken")
+
+    with pytest.raises(
+        RolloutError, match=r"3 prompts of the step failed, groups.max_failed is 2[^\n]*\n  prompt-b0: broken"
+    ):
+        buffer(refill, max_failed=2).sample(1, "train", 1)
+
+
+@pytest.mark.usefixtures("clean")
+def test_validation_goes_on_without_a_prompt_that_fails():
+    submit("a0", [1.0], partition="val")
+    fail("a1", "broken", partition="val")
+    batch, _ = buffer().sample(1, "val", 2)
+    assert batch.keys == ["a0_0_0"]
+    fail("a2", "broken", partition="val")
+    with pytest.raises(RolloutError, match="0 of 1 groups"):
+        buffer().sample(1, "val", 1)
+
+
+def test_ranks_get_whole_groups():
+    keys = [f"{uid}_{session}_0" for session in (1, 0) for uid in ("d", "a", "c", "b")]
+    lengths = [{"a": 10, "b": 30, "c": 28, "d": 12}[key[0]] for key in keys]
+    order = whole_groups(keys, lengths, 2)
+    shares = [[keys[i] for i in order[:4]], [keys[i] for i in order[4:]]]
+    # The longest and the shortest on one rank, the two in between on the other; siblings side by side, in order.
+    assert sorted(shares) == [["a_0_0", "a_1_0", "b_0_0", "b_1_0"], ["c_0_0", "c_1_0", "d_0_0", "d_1_0"]]
+    assert sorted(order) == list(range(8))
+    assert whole_groups(keys, lengths, 1) is None
+    assert whole_groups(keys, lengths, 3) is None
+    assert whole_groups(keys[:-1], lengths[:-1], 2) is None
 
 
 @pytest.mark.usefixtures("clean")

@@ -239,6 +239,21 @@ def test_two_waves_do_not_mix(server, mixed):
     assert all(same(x, y) for x, y in zip(together, (a[0], b[0], a[1], b[1]), strict=True))
 
 
+def test_a_wave_does_not_wait_for_an_absent_request(server, mixed):
+    """A prompt that could not be encoded; the others decode as they do in a wave without its place."""
+
+    async def go():
+        params = [sampling(wave=wave(position, 3, "gap")) for position in range(3)]
+        params[1]["latent"]["wave"]["absent"] = True
+        asked = [server.generate(mixed[0][0], params[0], "r0"), server.generate([], params[1], "r1")]
+        return await asyncio.wait_for(asyncio.gather(*asked, server.generate(mixed[0][0], params[2], "r2")), 60)
+
+    first, absent, last = run(go())
+    assert (absent.token_ids, absent.stop_reason) == ([], "aborted")
+    assert len(first.token_ids) > 0
+    assert len(last.token_ids) > 0
+
+
 def test_an_incomplete_wave_fails_after_its_time(path, mixed):
     server = make_server(path, wave_timeout_s=0.2)
     answers = run(ask(server, mixed[:2], [sampling(wave=wave(i, 5, "step 7")) for i in range(2)]))

@@ -6,6 +6,7 @@ Each run is a command as a user types it, and takes about a minute; the tests sh
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,58 @@ def test_two_ranks_lora_and_packing(out, tmp_path):
     changed = {n for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))}
     linear = r"projection_head\.mlp\..*weight|.*language_model\.layers\..*_proj\.weight"
     assert changed == {n for n, _ in trained.named_parameters() if re.fullmatch(linear, n)}
+
+
+def test_two_engines_and_two_ranks(out):
+    """Groups stay whole, on an engine each and on a rank each; pixels are put once a group and gone after the step."""
+    train(
+        out,
+        *LONG,
+        *("trainer.project_name=${out}/engines", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"),
+        *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "trainer.save_freq=-1"),
+        *("trainer.val_before_train=False", "trainer.test_freq=-1"),
+    )
+    for step in (1, 2, 3, 4):
+        data = metrics(out, "engines")[step]
+        assert data["rollout_gap/text_max"] <= 1e-4
+        assert data["rollout_gap/latent_max"] <= 1e-4
+        assert data["actor/text/ratio_gap_first_max"] <= 1e-4
+        assert data["rollout/engines_per_group"] == 1
+        assert data["rollout/busiest_engine"] <= (0.75 if step == 1 else 0.5)  # the first requests come as they may
+        assert data["pixels/prompts"] == 4
+
+
+def test_three_prompts_that_fail_are_replaced_and_named(out, tmp_path):
+    """A request that its engine gives up, a clip that does not decode, a prompt that is too long, in one run."""
+    world = tmp_path / "world"
+    shutil.copytree(out / "rl_world", world)
+    questions = world / "futurebench.json"
+    items = json.loads(questions.read_text())
+    broken = world / "videos" / items[3]["video_path"].split("video_dataset/")[-1]
+    damage(broken)
+    items[6]["qa"]["Question"] += " Think of it once more." * 60
+    questions.write_text(json.dumps(items))
+    shutil.copy(Path(__file__).with_name("verl_faults.py"), tmp_path)
+    env = "+ray_kwargs.ray_init.runtime_env.env_vars"
+    log = train(
+        out,
+        *LONG,
+        *("trainer.project_name=${out}/faults", "trainer.val_before_train=False", "trainer.test_freq=-1"),
+        *("trainer.save_freq=-1", "data.shuffle=false", f"data.train_files=[{questions}]"),
+        *(f"{env}.PYTHONPATH={tmp_path}", f"{env}.VERL_USE_EXTERNAL_MODULES=verl_faults"),
+    )
+    assert sum(metrics(out, "faults")[step]["groups/failed"] for step in (1, 2, 3, 4)) == 3
+    for what in ("generation was aborted", broken.name, r"tokens, data.max_prompt_length is 256"):
+        assert re.search(rf"prompt \S+ was dropped: .*{re.escape(what)}", log), what
+
+
+def damage(clip):
+    """Zeros in the middle of the frames; the header stays sound."""
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"mdat") + 4
+    half = (len(data) - start) // 2
+    data[start + half // 2 : start + half // 2 + half] = bytes(half)
+    clip.write_bytes(data)
 
 
 @pytest.mark.parametrize("ablation", ["grpo", "dapo_ctr"])  # of dapo and text_only, of dapo_div; the demo runs dapo

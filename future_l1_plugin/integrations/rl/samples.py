@@ -24,7 +24,7 @@ def make_sample(
     return Sample(
         text=tokenizer.decode([t for t in response.tolist() if t not in ignored], skip_special_tokens=False),
         response_ids=response,
-        latents=latents,
+        latents=latents.float(),  # rewards are computed in float32, whatever the engine rolls out in
         span=span[span >= 0],
         ground_truth=reward_model["ground_truth"],
         options=reward_model.get("options"),

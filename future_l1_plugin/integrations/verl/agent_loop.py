@@ -1,24 +1,24 @@
 """One prompt, one latent rollout: verl's agent loop, its workers and their manager.
 
 Prompts are encoded by the dataset's own function, once a group, so that training sees the frames that SFT and
-evaluation see. Latents leave the rollout as a field of the sample.
+evaluation see. Latents leave the rollout as a field of the sample; pixels go the way that `pixels` tells.
 """
 
 import asyncio
 from typing import Any
-from uuid import uuid4
 
 import ray
 import torch
 import transfer_queue as tq
-from cachetools import LRUCache
 from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils import tensordict_utils as tu
 from verl.utils.profiler import simple_timer
 
-from future_l1_plugin.integrations.verl.groups import ERROR
+from future_l1_plugin.errors import DataError
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, PromptFailed, RequestAborted
+from future_l1_plugin.integrations.verl.pixels import SharedPrompt, pixel_dtype, share
 from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import latent_section
 from future_l1_plugin.latent.tokens import LATENT
@@ -30,8 +30,8 @@ WAVE = "wave"
 class LatentOutput(AgentLoopOutput):
     """verl's output with the latents (k, H) as a field of their own and log-probabilities in float64.
 
-    `processor_inputs` (pixel values and the like) stays in the process: the worker reads it instead of running the
-    processor again.
+    `processor_inputs` (grids, and the name of the pixels) stays in the process: the worker reads it instead of running
+    the processor again.
     """
 
     processor_inputs: Any = None
@@ -50,16 +50,16 @@ class LatentAgentLoop(AgentLoopBase):
 
     _latent: Any = None  # the parsed section of the one configuration that this process has
     #: Encoded prompts of the groups under way, as futures: the sessions of a group wait for one encoding.
-    _encoded: LRUCache = LRUCache(maxsize=1024)
+    _encoded: dict[str, "asyncio.Future[SharedPrompt]"] = {}
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> LatentOutput:
+        """One rollout. Raises PromptFailed for what is this prompt's fault: files, length, an aborted request."""
         latent = self._section(self.config)
         wave = dict(kwargs[WAVE])
         validate, n = wave.pop("validate"), wave.pop("n")
         if wave["id"] is not None:
             wave["position"] = wave["position"] * n + kwargs["session_id"]
         metrics: dict[str, float] = {}
-        encoded, shared = await self._encode(kwargs)
         params = {
             **sampling_params,
             "max_tokens": self.rollout_config.response_length,
@@ -70,23 +70,41 @@ class LatentAgentLoop(AgentLoopBase):
                 "wave": wave if wave["id"] is not None else None,
             },
         }
+        # verl sends equal ids to one server: a group's rollouts share one prefill and one pass of the vision tower.
+        # Under full_determinism the id is also the request's own in vLLM, where it must be unique.
+        request_id = kwargs["uid"]
+        if self.rollout_config.full_determinism:
+            request_id = f"{request_id}_{kwargs['session_id']}"
+        try:
+            prompt = await self._encode(kwargs, keep=not validate)
+        except DataError as error:
+            if wave["id"] is not None and self.rollout_config.name != VLLM_ROLLOUT:
+                params["latent"]["wave"] = wave | {"absent": True}  # the others of its wave would wait for it
+                await self.server_manager.generate(request_id=request_id, prompt_ids=[], sampling_params=params)
+            raise PromptFailed(str(error)) from error
         with simple_timer("generate_sequences", metrics):
-            output = await self.server_manager.generate(
-                request_id=uuid4().hex, prompt_ids=encoded.prompt_ids, sampling_params=params, mm_inputs=shared
-            )
+            try:
+                output = await self.server_manager.generate(
+                    request_id=request_id,
+                    prompt_ids=prompt.prompt_ids,
+                    sampling_params=params,
+                    mm_inputs=prompt.pixels,
+                )
+            except RequestAborted as error:  # Ray's copy of it, which shows the server's traceback, too
+                raise PromptFailed(str(getattr(error, "cause", error))) from error
         forced = output.extra_fields.pop("forced")
         latent_id = self.tokenizer.convert_tokens_to_ids(LATENT)
         # An end marker that the budget forced is no action; a latent is one, under the id that was forced for it.
         mask = [int(not f or t == latent_id) for t, f in zip(output.token_ids, forced, strict=True)]
         return LatentOutput(
-            prompt_ids=encoded.prompt_ids,
+            prompt_ids=prompt.prompt_ids,
             response_ids=output.token_ids,
             response_mask=mask,
             response_logprobs=output.log_probs,
             num_turns=2,
             metrics=AgentLoopMetrics(**metrics),
             extra_fields={**output.extra_fields, "turn_scores": [], "tool_rewards": []},
-            processor_inputs=encoded.inputs,
+            processor_inputs=prompt.inputs,
         )
 
     @classmethod
@@ -95,16 +113,22 @@ class LatentAgentLoop(AgentLoopBase):
             cls._latent = latent_section(config)
         return cls._latent
 
-    async def _encode(self, row: dict[str, Any]) -> tuple[Any, Any]:
-        """The prompt's ids and processor inputs, and the latter in Ray's object store, for all sessions of a group."""
+    async def _encode(self, row: dict[str, Any], keep: bool) -> SharedPrompt:
+        """The prompt's ids and its pixels in Ray's object store, once for all sessions of a group."""
         key = row["uid"]
         if key not in self._encoded:
-            self._encoded[key] = asyncio.ensure_future(self._encode_once(row))
+            self._encoded[key] = asyncio.ensure_future(asyncio.to_thread(self._encode_once, row, keep))
         return await asyncio.shield(self._encoded[key])
 
-    async def _encode_once(self, row: dict[str, Any]) -> tuple[Any, Any]:
-        encoded = await asyncio.to_thread(self.dataset_cls.encode, row, self.processor)
-        return encoded, ray.put(encoded.inputs)
+    def _encode_once(self, row: dict[str, Any], keep: bool) -> SharedPrompt:
+        encoded = self.dataset_cls.encode(row, self.processor)
+        hashed = self.rollout_config.name == VLLM_ROLLOUT
+        return share(row["uid"], encoded, pixel_dtype(self.config), hashed, keep)
+
+    @classmethod
+    def forget(cls, uid: str) -> None:
+        """A group has ended."""
+        cls._encoded.pop(uid, None)
 
 
 class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
@@ -117,13 +141,23 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         tq.init()
         self.background_tasks: set[asyncio.Task] = set()
 
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+        try:
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+        finally:
+            LatentAgentLoop.forget(prompt["uid"])
+
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> None:
         try:
             return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
         except Exception as error:
+            tag = {PROMPT_ID: str(kwargs["extra_info"]["id"])}
+            if isinstance(error, PromptFailed):
+                tag |= {ERROR: str(error)}
+            else:
+                tag |= {ERROR: f"{type(error).__name__}: {error}", FATAL: True}  # stays, whatever a sibling says
             partition = "val" if trajectory["validate"] else "train"
-            reason = f"{type(error).__name__}: {error}"
-            await tq.async_kv_put(key=kwargs["uid"], partition_id=partition, tag={ERROR: reason})
+            await tq.async_kv_put(key=kwargs["uid"], partition_id=partition, tag=tag)
             raise
 
     def _compute_multi_modal_inputs(self, output: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -26,12 +26,17 @@ from torch.utils.data import Dataset
 
 from future_l1_plugin.config import from_mapping
 from future_l1_plugin.data.frames import FrameCache, VideoFrames
+from future_l1_plugin.data.lengths import check_lengths, too_long
 from future_l1_plugin.data.rl import EncodedPrompt, RlPrompt, chat_messages, encode_prompt, load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
 
 AGENT_NAME = "future_l1_latent"
 SECTION = "data.future_l1"
 _SHOWN = 10  # rows left out that are logged one by one
+_SHORTER = (
+    "Raise it (and rollout.max_model_len), lower data.future_l1.num_frames, show smaller pictures, or leave such "
+    "prompts out (data.future_l1.on_bad=skip)."
+)
 
 #: Settings of verl's own dataset that would change what is asked. Prompts here are never filtered, cut or templated
 #: anew, so any other value than these is an error.
@@ -93,7 +98,8 @@ class LatentRLDataset(Dataset):
 
     Args:
         data_files: one file or a list of files.
-        tokenizer, processor: as verl passes them; not kept (the agent loop has its own).
+        tokenizer: as verl passes it; not used.
+        processor: as verl passes it; tells how long prompts will be, and is not kept (the agent loop has its own).
         config: verl's `data` section.
         max_samples: use so many prompts: the first ones, or with `data.shuffle` ones drawn by `data.seed` (0 if that
             is null: a resumed run must draw the same). -1 = all.
@@ -105,7 +111,8 @@ class LatentRLDataset(Dataset):
         rl_prompt: `RlPrompt.to_dict()`; rl_limits: {"max_prompt_length": int | None, "frame_cache_mb": int}.
 
     Raises:
-        ConfigError: bad settings. DataError: files or rows that cannot be used.
+        ConfigError: bad settings. DataError: files or rows that cannot be used, prompts of more than
+            `data.max_prompt_length` tokens by what their files declare.
     """
 
     def __init__(
@@ -124,13 +131,16 @@ class LatentRLDataset(Dataset):
         prompts = load_prompts(
             files, settings.video_root, settings.question_media, settings.num_frames, settings.on_bad
         )
+        most = config.get("max_prompt_length")
+        if most is not None and processor is not None:
+            prompts = check_lengths(prompts, processor, most, settings.on_bad, _SHORTER)
         for bad in prompts.bad[:_SHOWN]:
             logger.warning("left out: %s (id %s): %s", bad.source, bad.id, bad.reason)
         if prompts.bad:
             logger.warning("left out %d of %d prompts", len(prompts.bad), len(prompts.bad) + len(prompts))
         self.prompts: list[RlPrompt] = _selected(prompts, max_samples, config)
         self._limits = {
-            "max_prompt_length": config.get("max_prompt_length"),
+            "max_prompt_length": most,
             "frame_cache_mb": settings.frame_cache_mb,
         }
 
@@ -178,11 +188,7 @@ class LatentRLDataset(Dataset):
         encoded = encode_prompt(prompt, processor, _frame_cache(limits["frame_cache_mb"]))
         most = limits["max_prompt_length"]
         if most is not None and len(encoded.prompt_ids) > most:
-            fewer = {"video": "lower data.future_l1.num_frames", "images": "show fewer or smaller pictures"}
-            raise DataError(
-                f"prompt {prompt.id}: {len(encoded.prompt_ids)} tokens, data.max_prompt_length is {most}. Raise it"
-                + (f", or {fewer[prompt.media]}." if prompt.media in fewer else ", or shorten the question.")
-            )
+            raise DataError(f"prompt {prompt.id}: {too_long(len(encoded.prompt_ids), most, _SHORTER)}")
         return encoded
 
 

@@ -3,27 +3,31 @@
 verl's own buffer refills while rollouts come in, so that what it picks depends on who came first. Here a round is
 sampled to its end, judged, and what is missing is asked for anew; groups are taken in the order in which their prompts
 were submitted. It costs the tail of each round.
+
+A group that failed for a reason of its own (`failures.PromptFailed`) is dropped like one without a signal, counted,
+named in the log and replaced. Any other failure stops the run.
 """
 
+import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
 from future_l1_plugin.integrations.verl.reward import DROPPED
 from future_l1_plugin.integrations.verl.settings import GroupsSection
 from future_l1_plugin.la_dapo import keep_group
 
-#: Tag on a prompt whose rollout failed, with the reason.
-ERROR = "error"
 POLL_S = 0.05
 
-
-class RolloutError(RuntimeError):
-    """A rollout or its reward failed, or no group is left to train on."""
+logger = logging.getLogger(__name__)
 
 
 class GroupBuffer(ReplayBuffer):
@@ -32,29 +36,37 @@ class GroupBuffer(ReplayBuffer):
     Args (besides verl's own):
         groups: bounds, refill factor and patience.
         filtered: whether groups outside of the bounds are replaced. Groups that lack a judge's verdict always are.
+        on_clear: called with the prompts (uids) whose groups are dropped.
     """
 
-    def __init__(self, groups: GroupsSection, filtered: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, groups: GroupsSection, filtered: bool, on_clear: Callable[[set[str]], Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.groups, self.filtered = groups, filtered
+        self.groups, self.filtered, self.on_clear = groups, filtered, on_clear
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int):
         """A batch of `batch_size` groups and the metrics of how it came about.
 
+        In validation nothing is replaced: the batch lacks the groups that failed.
+
         Raises:
-            RolloutError: a rollout failed, or `groups.max_rounds` rounds did not give enough groups.
+            RolloutError: a rollout failed for a reason that is not its prompt's, more than `groups.max_failed` groups
+                of the step failed, or `groups.max_rounds` rounds did not give enough groups.
         """
         seen: Counter[str] = Counter()
         sampled: dict[str, float] = {}  # mean accuracy of every group of the step, kept or not
+        training = partition_id == "train"
         for round_ in range(1, self.groups.max_rounds + 1):
             self._wait(partition_id)
-            verdicts = self._verdicts(partition_id, sampled) if partition_id == "train" else {}
+            seen["failed"] += self._clear_failed(partition_id, seen["failed"])
+            verdicts = self._verdicts(partition_id, sampled) if training else {}
             seen.update(verdicts.values())
             self._clear_groups(partition_id, set(verdicts))
             kept = sorted(self.finished_keys[partition_id])
-            if len(kept) >= batch_size:
+            if len(kept) >= batch_size or (kept and not training):
                 break
-            if round_ == self.groups.max_rounds:
+            if round_ == self.groups.max_rounds or not training:
                 raise RolloutError(self._starved(len(kept), batch_size, seen))
             self.refill_fn(math.ceil((batch_size - len(kept)) * self.groups.refill))
         chosen, surplus = kept[:batch_size], set(kept[batch_size:])
@@ -62,7 +74,7 @@ class GroupBuffer(ReplayBuffer):
         batch = self._materialize_batch(partition_id, chosen, dict(self.partitions[partition_id]))
         order = sorted(range(len(batch.keys)), key=lambda i: _place(batch.keys[i]))
         batch.reorder(order)
-        if partition_id != "train":
+        if not training:
             return batch, {}
         return batch, {
             "groups/accuracy": sum(sampled.values()) / len(sampled),
@@ -70,7 +82,8 @@ class GroupBuffer(ReplayBuffer):
             "groups/too_easy": seen["too_easy"],
             "groups/too_hard": seen["too_hard"],
             "groups/no_verdict": seen["no_verdict"],
-            "groups/filtered": sum(seen.values()),
+            "groups/failed": seen["failed"],
+            "groups/filtered": seen["too_easy"] + seen["too_hard"] + seen["no_verdict"],
             "groups/surplus": len(surplus),
         }
 
@@ -78,18 +91,41 @@ class GroupBuffer(ReplayBuffer):
         """Until every prompt submitted has come to its end."""
         while True:
             self._sync_metadata_from_transfer_queue()
-            if self.failure_keys[partition_id]:
-                raise RolloutError(self._failure(partition_id))
             if not self.pending_keys[partition_id] and not self.running_keys[partition_id]:
                 return
+            if self.failure_keys[partition_id]:
+                self._stop_if_fatal(partition_id)
             time.sleep(POLL_S)
 
-    def _failure(self, partition_id: str) -> str:
+    def _stop_if_fatal(self, partition_id: str) -> dict[str, dict[str, Any]]:
+        """The tags of the prompts that failed. Raises RolloutError for a failure that is not its prompt's."""
         failed = sorted(self.failure_keys[partition_id])
-        tags = tq.kv_list(partition_id)[partition_id]
-        reasons = [tags[key].get(ERROR) for key in failed if tags[key].get(ERROR)]
-        what = reasons[0] if reasons else "see the AgentLoopWorker's log above"
-        return f"{len(failed)} of the step's prompts failed in rollout or reward; the first: {what}"
+        tags = tq.kv_list(partition_id)[partition_id] if failed else {}
+        for key in failed:
+            if tags[key].get(FATAL) or ERROR not in tags[key]:
+                what = tags[key].get(ERROR, "see the AgentLoopWorker's log above")
+                counted = f"{len(failed)} of the step's prompts failed in rollout or reward"
+                raise RolloutError(f"{counted}; the first: {what}")
+        return {key: tags[key] for key in failed}
+
+    def _clear_failed(self, partition_id: str, before: int) -> int:
+        """Drop the groups that failed, by name. Raises RolloutError if they are too many."""
+        failed = self._stop_if_fatal(partition_id)
+        for tag in failed.values():
+            logger.warning("prompt %s was dropped: %s", tag[PROMPT_ID], tag[ERROR])
+        if before + len(failed) > self.groups.max_failed:
+            shown = "".join(f"\n  {tag[PROMPT_ID]}: {tag[ERROR]}" for tag in list(failed.values())[:5])
+            raise RolloutError(
+                f"{before + len(failed)} prompts of the step failed, groups.max_failed is {self.groups.max_failed}. "
+                f"Mend them, leave them out of the data, or raise it:{shown}"
+            )
+        self._clear_groups(partition_id, set(failed))
+        return len(failed)
+
+    def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
+        super()._clear_groups(partition_id, uids)
+        if uids and self.on_clear is not None:
+            self.on_clear(uids)
 
     def _verdicts(self, partition_id: str, sampled: dict[str, float]) -> dict[str, str]:
         """Why a finished group is not trained on, for those that are not; notes accuracies in `sampled`."""
@@ -116,10 +152,27 @@ class GroupBuffer(ReplayBuffer):
         return (
             f"after {self.groups.max_rounds} rounds of sampling {found} of {wanted} groups can be trained on: "
             f"{seen['too_easy']} were too easy (mean accuracy above {self.groups.high:g}), {seen['too_hard']} too hard "
-            f"(below {self.groups.low:g}), {seen['no_verdict']} had no verdict from the judge. Start from a better "
-            "checkpoint, use data of another difficulty, raise groups.max_rounds, or switch the filter off "
-            "(algorithm.filter_groups.enable=False)."
+            f"(below {self.groups.low:g}), {seen['no_verdict']} had no verdict from the judge, "
+            f"{seen['failed']} failed. Start from a better checkpoint, use data of another difficulty, raise "
+            "groups.max_rounds, or switch the filter off (algorithm.filter_groups.enable=False)."
         )
+
+
+def whole_groups(keys: list[str], lengths: list[int], ranks: int) -> list[int] | None:
+    """An order of a batch's samples in which each rank's share, the next `len(keys) / ranks`, holds whole groups.
+
+    Ranks get about the same work, by verl's estimate. None where groups cannot be dealt out whole: on one rank, with
+    groups of different sizes (verl's padding rows among them), or a number of groups that `ranks` does not divide.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, key in sorted(enumerate(keys), key=lambda pair: _place(pair[1])):
+        groups.setdefault(_place(key)[0], []).append(i)
+    if ranks == 1 or len(groups) % ranks or len({len(members) for members in groups.values()}) > 1:
+        return None
+    members = list(groups.values())
+    work = calculate_workload(torch.tensor(lengths)).tolist()
+    shares = get_seqlen_balanced_partitions([sum(work[i] for i in group) for group in members], ranks, equal_size=True)
+    return [i for share in shares for group in sorted(share) for i in members[group]]
 
 
 def _place(key: str) -> tuple[str, int, int]:

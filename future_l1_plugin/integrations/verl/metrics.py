@@ -1,5 +1,7 @@
 """What a step reports about its latents. Names are stable: plots and tests read them."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,17 @@ def log_prob_gaps(
             found[f"rollout_gap/{name}_mean"] = float(gap[where].mean())
             found[f"rollout_gap/{name}_max"] = float(gap[where].max())
     return found
+
+
+def engine_metrics(prompts: list[str], engines: list[int]) -> dict[str, float]:
+    """Rollout engines that a group's rollouts came from (1: they shared one prefill), and the busiest engine's share.
+
+    prompts: the prompt of each rollout. engines: the number of the engine that answered it.
+    """
+    of_group: dict[str, set[int]] = {}
+    for prompt, engine in zip(prompts, engines, strict=True):
+        of_group.setdefault(prompt, set()).add(engine)
+    return {
+        "rollout/engines_per_group": sum(map(len, of_group.values())) / len(of_group),
+        "rollout/busiest_engine": Counter(engines).most_common(1)[0][1] / len(engines),
+    }

@@ -17,7 +17,8 @@ from verl.workers.rollout.replica import RolloutReplica
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.verl.rollout_server import WAVE_TIMEOUT_S, LatentHFServer, Packed, pack
+from future_l1_plugin.integrations.verl.pixels import Packed, pack
+from future_l1_plugin.integrations.verl.rollout_server import WAVE_TIMEOUT_S, LatentHFServer
 from future_l1_plugin.model import LatentConfig
 
 # Calls beyond it Ray holds back, and a larger wave would wait for them in vain. It costs no threads.

@@ -11,13 +11,11 @@ while, and results depend on it.
 import asyncio
 import json
 import os
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from verl.plugin.platform import get_platform
@@ -26,7 +24,9 @@ from verl.workers.rollout.replica import TokenOutput
 
 from future_l1_plugin.errors import ConfigError, UserError
 from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
-from future_l1_plugin.integrations.verl.sampling import Sampling, Wave, seed_of
+from future_l1_plugin.integrations.verl.failures import RequestAborted
+from future_l1_plugin.integrations.verl.pixels import Packed, opened, unpack
+from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER, Sampling, Wave, seed_of
 from future_l1_plugin.la_dapo import Tempering
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, generate, load
@@ -35,8 +35,6 @@ from future_l1_plugin.model.batch import left_padded
 QUIET_S = 0.02  # requests without a wave: a batch is closed when none has come for so long
 WAVE_TIMEOUT_S = 120.0
 
-#: A tensor's bytes, its dtype's name and its shape.
-Packed = tuple[np.ndarray, str, tuple[int, ...]]
 _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
@@ -59,8 +57,11 @@ class _Group:
 
     sampling: Sampling
     size: int
-    requests: dict[int, _Request] = field(default_factory=dict)  # by position
+    requests: dict[int, _Request | None] = field(default_factory=dict)  # by position; None where none will come
     timer: asyncio.TimerHandle | None = None
+
+    def came(self) -> list[_Request]:
+        return [request for request in self.requests.values() if request is not None]
 
     def restart(self, seconds: float, call: Any, *args: Any) -> None:
         self.stop()
@@ -150,7 +151,8 @@ class LatentHFServer:
             prompt_ids: the prompt's ids with every image and video placeholder written out, as the processor does.
             sampling_params: see the module.
             image_data, video_data, mm_processor_kwargs: what `mm_inputs` were made from; not looked at.
-            mm_inputs: what the processor returned for this prompt, batch dimension 1. None for text alone.
+            mm_inputs: what the processor returned for this prompt, batch dimension 1, as tensors or as
+                `pixels.share` packs them. None for text alone.
 
         Returns:
             token_ids (T), the end-of-sequence token included; log_probs (T) in nats:
@@ -158,21 +160,25 @@ class LatentHFServer:
                 `<|latent|>`    tempered log-density of z, plus log(1 - p(end)) where the budget leaves that choice
                 forced markers  0
             stop_reason "completed" at an end-of-sequence token and at max_tokens, as verl's vLLM backend says;
-            extra_fields: `latents` float32 (k, H), the very numbers that were fed; `forced` 0 or 1 a token, 1 where
+            extra_fields: `latents` (k, H) in the model's dtype, the very numbers that were fed; `forced` 0 or 1 a token, 1 where
             the grammar chose the id (`<|latent|>` included); `global_steps`, the version of the weights.
 
         Raises:
             ConfigError: wrong sampling parameters or inputs, or a wave whose requests do not agree.
             TimeoutError: the wave stayed incomplete.
-            RuntimeError: decoding failed, the request was aborted, or an update of the weights is not finished.
+            RequestAborted: the request was given up.
+            RuntimeError: decoding failed, or an update of the weights is not finished.
         """
         if unknown := sorted(key for key, value in more.items() if value is not None):
             raise ConfigError(f"request {request_id}: latent_hf does not take {', '.join(unknown)}")
         sampling, wave = Sampling.parse(sampling_params, self._response_length)
+        if wave is not None and wave.absent:
+            self._join_wave(None, wave, sampling)
+            return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields={"global_steps": self._version})
         inputs = self._model_inputs(prompt_ids, mm_inputs, request_id)
         while not self._open.is_set():
             if self._rejecting:
-                raise RuntimeError(f"request {request_id}: rejected, this server has stopped generation")
+                raise RequestAborted(f"request {request_id}: rejected, this server has stopped generation")
             await self._open.wait()
         if self._updating:
             raise RuntimeError(
@@ -185,7 +191,7 @@ class LatentHFServer:
         if wave is None:
             self._join_loose(request)
         else:
-            self._join_wave(request, wave)
+            self._join_wave(request, wave, sampling)
         return await request.answer
 
     def _model_inputs(
@@ -201,7 +207,7 @@ class LatentHFServer:
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long(),
         }
-        given = {name: torch.as_tensor(value) for name, value in (mm_inputs or {}).items() if value is not None}
+        given = {name: torch.as_tensor(value) for name, value in opened(mm_inputs)[0].items() if value is not None}
         for name, expected in inputs.items():
             if name in given and not torch.equal(given.pop(name).long(), expected):
                 raise ConfigError(
@@ -221,11 +227,11 @@ class LatentHFServer:
                 )
         return inputs | given
 
-    def _join_wave(self, request: _Request, wave: Wave) -> None:
-        group = self._waves.setdefault(wave.id, _Group(request.sampling, wave.size))
+    def _join_wave(self, request: _Request | None, wave: Wave, sampling: Sampling) -> None:
+        group = self._waves.setdefault(wave.id, _Group(sampling, wave.size))
         wrong = ""
-        if request.sampling != group.sampling:
-            wrong = f"expected one setting for all of its requests, found {group.sampling} and {request.sampling}"
+        if sampling != group.sampling:
+            wrong = f"expected one setting for all of its requests, found {group.sampling} and {sampling}"
         elif wave.size != group.size:
             wrong = f"expected one size, found {group.size} and {wave.size}"
         elif wave.position in group.requests:
@@ -233,22 +239,23 @@ class LatentHFServer:
         if wrong:
             group.stop()
             del self._waves[wave.id]
-            _fail([*group.requests.values(), request], ConfigError(f"wave {wave.id!r}: {wrong}"))
+            _fail([*group.came(), *filter(None, [request])], ConfigError(f"wave {wave.id!r}: {wrong}"))
             return
-        request.position = wave.position
+        if request is not None:
+            request.position = wave.position
         group.requests[wave.position] = request
         if len(group.requests) < group.size:
             group.restart(self._wave_timeout_s, self._expire, wave.id)
             return
         group.stop()
         del self._waves[wave.id]
-        self._start(list(group.requests.values()), wave.id)
+        self._start(group.came(), wave.id)
 
     def _expire(self, wave_id: str) -> None:
         group = self._waves.pop(wave_id)
         came = len(group.requests)
         _fail(
-            list(group.requests.values()),
+            group.came(),
             TimeoutError(
                 f"wave {wave_id!r}: expected {group.size} requests, {came} came and no other for "
                 f"{self._wave_timeout_s:g} s. A wave must reach one server whole: send wave None where several "
@@ -271,7 +278,7 @@ class LatentHFServer:
         # Replicas decode samples of the same group: without the rank they would draw the same noise for them.
         stream = f"replica {self._replica_rank}, weights {self._version}, batch {self._loose_batches}"
         self._loose_batches += 1
-        self._start(list(group.requests.values()), stream)
+        self._start(group.came(), stream)
 
     def _start(self, requests: list[_Request], stream: str) -> None:
         requests.sort(key=lambda request: (request.length, request.position))  # little padding
@@ -335,9 +342,10 @@ class LatentHFServer:
                     log_probs=log_probs[i].tolist(),
                     stop_reason="completed",
                     extra_fields={
-                        "latents": out.latents[i].to("cpu", torch.float32),
+                        "latents": out.latents[i].cpu(),
                         "forced": out.forced[i].long().tolist(),
                         "global_steps": self._version,
+                        ENGINE_NUMBER: self._replica_rank,
                     },
                 )
             )
@@ -457,20 +465,8 @@ class LatentHFServer:
         self._loose.clear()
         waiting = [request for request in self._requests if request not in self._running]
         for request in waiting:
-            _fail([request], RuntimeError(f"request {request.id}: {why} before it was decoded"))
+            _fail([request], RequestAborted(f"request {request.id}: {why} before it was decoded"))
         return [request.id for request in waiting]
-
-
-def pack(tensor: Tensor) -> Packed:
-    """For the way through Ray, which hands arrays over in shared memory but pickles tensors (7 times slower)."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-
-
-def unpack(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # it is only read
-        return torch.from_numpy(data).view(getattr(torch, dtype)).view(shape)
 
 
 def _prepare_thread(threads: int | None) -> None:

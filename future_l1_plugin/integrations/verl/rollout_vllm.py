@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 import torch
-from torch import Tensor
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
@@ -20,8 +19,10 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.failures import RequestAborted
+from future_l1_plugin.integrations.verl.pixels import opened
 from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT as NAME
-from future_l1_plugin.integrations.verl.sampling import Sampling, seed_of
+from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER, Sampling, seed_of
 from future_l1_plugin.integrations.vllm import overrides, read_latents, with_own
 from future_l1_plugin.integrations.vllm.inputs import engine_input
 from future_l1_plugin.la_dapo import Tempering, rollout_log_probs
@@ -66,7 +67,7 @@ class LatentVLLMServer(vLLMHttpServer):
         request_id: str,
         image_data: Any = None,
         video_data: Any = None,
-        mm_inputs: dict[str, Tensor] | None = None,
+        mm_inputs: dict[str, Any] | None = None,
         mm_processor_kwargs: dict[str, Any] | None = None,
         priority: int = 0,
         **more: Any,
@@ -83,8 +84,11 @@ class LatentVLLMServer(vLLMHttpServer):
             raise ConfigError(f"request {request_id}: expected its place in a wave, found none. {NAME} seeds by it")
         policy, seed = json.loads(sampling.policy), seed_of(sampling.seed, wave.id, wave.position)
         latent_args = {f"latent_{'policy' if key == 'name' else key}": value for key, value in policy.items()}
-        # In a thread: pixels are hashed, and the loop has other requests to serve.
-        prompt = await asyncio.to_thread(engine_input, list(prompt_ids), mm_inputs or {}, self.model_config.hf_config)
+        pixels, hashes = opened(mm_inputs)
+        # In a thread: placeholders are counted, and the loop has other requests to serve.
+        prompt = await asyncio.to_thread(
+            engine_input, list(prompt_ids), pixels, self.model_config.hf_config, hashes=hashes
+        )
         output = await self._run(
             prompt,
             SamplingParams(
@@ -121,16 +125,17 @@ class LatentVLLMServer(vLLMHttpServer):
             log_probs=log_probs.tolist(),
             stop_reason="completed",
             extra_fields={
-                "latents": got.latents.float(),
+                "latents": got.latents,  # in the model's dtype, as they were fed
                 "forced": got.forced.long().tolist(),
                 "global_steps": self.global_steps,
+                ENGINE_NUMBER: self.replica_rank,
             },
         )
 
     async def _run(self, prompt: Any, params: SamplingParams, request_id: str, priority: int) -> RequestOutput | None:
         """The finished request; None if the server takes none now and verl shall ask another.
 
-        Raises RuntimeError: aborted.
+        Raises RequestAborted.
         """
         if await self._park_until_admitted(request_id) is not None:
             return None
@@ -144,7 +149,7 @@ class LatentVLLMServer(vLLMHttpServer):
             if last is None:
                 self._admitting -= 1
         if last is None or not last.outputs or last.outputs[0].finish_reason == "abort":
-            raise RuntimeError(f"request {request_id}: generation was aborted")
+            raise RequestAborted(f"request {request_id}: generation was aborted")
         return last
 
 

@@ -4,7 +4,7 @@
  "latent": {"policy": {"name": "vmf", "mean_cosine": 0.9},        # keys of `build_policy`
             "tempering": "sqrt_dim",                              # none | sqrt_dim | dim | number in (0, 1]
             "seed": 7,
-            "wave": {"id": "step 3", "size": 64, "position": 0}}} # or None: see `rollout`
+            "wave": {"id": "step 3", "size": 64, "position": 0}}} # or None: see `rollout_server`
 """
 
 import hashlib
@@ -16,6 +16,9 @@ from typing import Any
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.la_dapo.tempering import Tempering
 from future_l1_plugin.latent import build_policy
+
+#: Field of a response: the number of the engine (verl: replica) that gave it.
+ENGINE_NUMBER = "engine_number"
 
 #: Sampling parameters that we do not implement, and the value at which they do nothing.
 _NEUTRAL = {
@@ -31,11 +34,12 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class Wave:
-    """A request's place in its wave: `position` of `size`, 0-based."""
+    """A request's place in its wave: `position` of `size`, 0-based. An absent one says that no request will take it."""
 
     id: str
     size: int
     position: int
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,14 @@ class Sampling:
         wave = latent.get("wave")
         if wave is None:
             return settings, None
+        wave = dict(wave)
+        absent = wave.pop("absent", False) is True
         _known_keys("latent.wave", wave, ("id", "size", "position"), required=True)
         size = _whole("latent.wave.size", wave["size"], least=1)
         position = _whole("latent.wave.position", wave["position"], least=0)
         if position >= size:
             raise ConfigError(f"sampling_params.latent.wave.position: expected less than size {size}, found {position}")
-        return settings, Wave(str(wave["id"]), size, position)
+        return settings, Wave(str(wave["id"]), size, position, absent)
 
 
 def seed_of(seed: int, stream: str, index: int) -> int:

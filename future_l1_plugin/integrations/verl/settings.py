@@ -40,6 +40,7 @@ class GroupsSection:
     high: float = 0.9  # greatest
     refill: float = 1.5  # prompts sampled anew for each one that is missing
     max_rounds: int = 10  # rounds of sampling a step
+    max_failed: int = 16  # groups a step, or a batch of a validation, that may fail by their own fault
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
@@ -48,6 +49,8 @@ class GroupsSection:
             raise ConfigError(
                 f"groups: expected refill >= 1 and max_rounds >= 1, found {self.refill} and {self.max_rounds}"
             )
+        if self.max_failed < 0:
+            raise ConfigError(f"groups.max_failed: expected 0 (none) or more, found {self.max_failed}")
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,6 @@ class Settings:
         )
 
 
-def latent_section(config: DictConfig) -> LatentSection:
-    """The `latent` section. Raises ConfigError."""
-    return from_mapping(LatentSection, config.get("latent", {}), "latent")
 def attention(config: DictConfig) -> str:
     """The attention implementation of actor and reference. The default is that of verl's `HFModelConfig`."""
     return config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
@@ -122,6 +122,9 @@ def attention_mask_bytes(tokens: int) -> int:
     return 3 * tokens**2
 
 
+def latent_section(config: DictConfig) -> LatentSection:
+    """The `latent` section. Raises ConfigError."""
+    return from_mapping(LatentSection, config.get("latent", {}), "latent")
 
 
 def reward_set(config: DictConfig) -> RewardSet:

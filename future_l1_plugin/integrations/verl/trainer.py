@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -20,12 +20,14 @@ from future_l1_plugin.compat import require
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.engine import LATENT, RETURN_MU, latent_settings
-from future_l1_plugin.integrations.verl.groups import GroupBuffer
+from future_l1_plugin.integrations.verl.groups import GroupBuffer, whole_groups
 from future_l1_plugin.integrations.verl.loss import loss_function
-from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.metrics import engine_metrics, log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.pixels import keeper
 from future_l1_plugin.integrations.verl.plugin import TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.reward import last_token
+from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
 from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.latent import LatentTokens
@@ -39,9 +41,12 @@ class LaDapoTrainer(PPOTrainerSync):
         self.settings = Settings.from_config(config)
         if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
             require("vllm")  # before any worker starts
-        super().__init__(config)
         check_attention(config)
+        with open_dict(config):
+            config.data.gen_batch_size = 1  # so that any number of prompts can be asked for anew
+        super().__init__(config)
         self._submitted = (0, 0)  # step, prompts of it
+        self._pixels = keeper()
         self._logged = b""
 
     @property
@@ -68,6 +73,7 @@ class LaDapoTrainer(PPOTrainerSync):
             max_off_policy_strategy=sampler.max_off_policy_strategy,
             sampler_kwargs=sampler.sampler_kwargs,
             refill_fn=self._add_prompts_to_generate,
+            on_clear=lambda uids: ray.get(self._pixels.drop.remote(sorted(uids))),
         )
 
     def _load_checkpoint(self) -> None:
@@ -109,6 +115,15 @@ class LaDapoTrainer(PPOTrainerSync):
         batch["uid"] = NonTensorStack(*(NonTensorData(name) for name in names))
         return batch
 
+    def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """verl's, and where groups can be dealt out whole, a rank gets them whole: it reads their pixels once."""
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        order = whole_groups(batch.keys, [tag["seq_len"] for tag in batch.tags], ranks)
+        if order is not None:
+            batch.reorder(order)
+        return batch
+
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._tell(batch, return_mu=False)
         batch = super()._compute_old_log_prob(batch, metrics)
@@ -129,7 +144,9 @@ class LaDapoTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._tell(batch, return_mu=False)
-        return super()._update_actor(batch, metrics)
+        batch = super()._update_actor(batch, metrics)
+        metrics.update(ray.get(self._pixels.clear.remote()))  # no pass over them is left in this step
+        return batch
 
     def _tell(self, batch: Any, return_mu: bool) -> None:
         """Tell the engine how latents were drawn and what is wanted back."""
@@ -168,3 +185,5 @@ class LaDapoTrainer(PPOTrainerSync):
         )
         metrics.update(self.settings.rewards.metrics(samples, found.totals, found.terms))
         metrics.update(span_metrics(samples, self.tokens))
+        engines = [columns["extra_fields"][i][ENGINE_NUMBER] for i in real]
+        metrics.update(engine_metrics([columns["uid"][i] for i in real], engines))

@@ -1,0 +1,171 @@
+"""How many tokens a prompt will have, from what its files declare: no pixel is decoded.
+
+A clip that is too long for the run is then found when data are loaded, in seconds, and not hours later by the rollout.
+What a file declares can be wrong, so whoever encodes a prompt checks again.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import av
+from PIL import Image
+from tqdm import tqdm
+
+from future_l1_plugin.data.frames import check_file, pool_indices, uniform_indices
+from future_l1_plugin.data.records import BadRecord
+from future_l1_plugin.data.rl import Prompts, RlPrompt, bad_prompts_error, chat_messages
+from future_l1_plugin.errors import DataError
+
+_THREADS = 8
+_SHOW_PROGRESS_FROM = 2000
+
+
+@dataclass(frozen=True)
+class ClipHeader:
+    """What a video file says of itself: frames in it, pixels, frames a second."""
+
+    total: int
+    height: int
+    width: int
+    fps: float
+
+
+def clip_header(path: str | os.PathLike, unknown_total: int = 1) -> ClipHeader:
+    """Read the header of a video file.
+
+    Args:
+        unknown_total: frames to assume where the file gives neither their number nor its duration.
+
+    Raises:
+        DataError: no such file, a damaged one, or one without a video stream.
+    """
+    check_file(path)
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: has no video stream. A video file was expected.")
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.guessed_rate or 24)
+            seconds = container.duration / av.time_base if container.duration else 0.0
+            total = stream.frames or round(seconds * fps) or unknown_total
+            return ClipHeader(total, stream.height, stream.width, fps)
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path}: cannot be opened as a video ({error}). Download or convert it again.") from error
+
+
+def prompt_length(prompt: RlPrompt, processor: Any) -> int:
+    """Tokens of `encode_prompt(prompt, processor)`, from headers.
+
+    Exact where the files' headers are; with a wrong frame rate a timestamp may have a digit more or less.
+
+    Raises DataError: a file that cannot be opened, or that the processor refuses. Names the prompt.
+    """
+    try:
+        pictures, clip = _shown(prompt, processor)
+    except DataError as error:
+        raise DataError(f"prompt {prompt.id}: {error}") from error
+    except ValueError as error:  # smaller than a patch, or an extreme aspect ratio
+        raise DataError(f"prompt {prompt.id}: the processor refuses its images or video: {error}") from error
+    text = processor.apply_chat_template(chat_messages(prompt), tokenize=False, add_generation_prompt=True)
+    more = sum(tokens - 1 for tokens in pictures)  # the template has one placeholder for a picture
+    if clip is not None:
+        times, tokens = clip
+        mark = f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
+        shown = "".join(f"<{time:.1f} seconds>{mark}" for time in times)
+        text = text.replace(processor.video_token, shown, 1)
+        more += (tokens - 1) * len(times)
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + more
+
+
+def check_lengths(
+    prompts: Prompts, processor: Any, most: int, on_bad: Literal["raise", "skip"], hint: str = ""
+) -> Prompts:
+    """Prompts of at most `most` tokens; the others are bad, as rows are in `load_prompts`.
+
+    Args:
+        hint: what to do about a prompt that is too long; ends the sentence "Raise .., or ..".
+
+    Raises:
+        DataError: with "raise", one error for all bad prompts; with "skip", if none is left.
+    """
+    bad: list[BadRecord] = []
+    with ThreadPoolExecutor(_THREADS) as pool:  # headers are read from disk
+        found = pool.map(partial(_length_or_fault, processor=processor), prompts)
+        bar = tqdm(found, "prompt lengths", len(prompts), disable=len(prompts) < _SHOW_PROGRESS_FROM)
+        good = [prompt for prompt, length in zip(prompts, bar, strict=True) if _fits(prompt, length, most, hint, bad)]
+    if bad and (on_bad == "raise" or not good):
+        raise bad_prompts_error(bad, len(prompts), len(good))
+    return Prompts(good, [*prompts.bad, *bad])
+
+
+def too_long(length: int, most: int, hint: str) -> str:
+    """The one sentence about a prompt that is too long."""
+    return f"{length:,} tokens, data.max_prompt_length is {most:,}. {hint}".rstrip()
+
+
+def _fits(prompt: RlPrompt, found: int | DataError, most: int, hint: str, bad: list[BadRecord]) -> bool:
+    if isinstance(found, int) and found <= most:
+        return True
+    reason = too_long(found, most, hint) if isinstance(found, int) else str(found)
+    bad.append(BadRecord(prompt.source, prompt.id, reason))
+    return False
+
+
+def _length_or_fault(prompt: RlPrompt, processor: Any) -> int | DataError:
+    try:
+        return prompt_length(prompt, processor)
+    except DataError as error:
+        return error
+
+
+def _shown(prompt: RlPrompt, processor: Any) -> tuple[list[int], tuple[list[float], int] | None]:
+    """Tokens of each picture, and of a video the time of each temporal patch, in seconds, and its tokens."""
+    if prompt.media == "none":
+        return [], None
+    if prompt.images:
+        return [_picture_tokens(processor, *_picture_size(path)) for path in prompt.images], None
+    header = clip_header(prompt.video, unknown_total=prompt.num_frames or 8)
+    if prompt.media == "images":
+        return [_picture_tokens(processor, header.height, header.width)] * len(prompt.pool), None
+    hold = processor.video_processor.temporal_patch_size
+    if prompt.pool is None:
+        indices, fps = uniform_indices(header.total, prompt.num_frames), header.fps
+    else:  # as `question_video` shows them
+        pool = pool_indices(header.total)
+        indices, fps = list(range(len(prompt.pool) * hold)), header.fps * hold / max(1, pool[1] - pool[0])
+    tokens = _video_tokens(processor, len(indices), header.height, header.width)
+    return [], (processor._calculate_timestamps(list(indices), fps, hold), tokens)
+
+
+def _picture_size(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except (OSError, SyntaxError) as error:  # PIL says SyntaxError of a broken PNG
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _picture_tokens(processor: Any, height: int, width: int) -> int:
+    patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+    return patches // processor.image_processor.merge_size**2
+
+
+def _video_tokens(processor: Any, frames: int, height: int, width: int) -> int:
+    """Tokens of one temporal patch."""
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    video = processor.video_processor
+    factor = video.patch_size * video.merge_size
+    height, width = smart_resize(
+        frames,
+        height,
+        width,
+        temporal_factor=video.temporal_patch_size,
+        factor=factor,
+        min_pixels=video.size["shortest_edge"],
+        max_pixels=video.size["longest_edge"],
+    )
+    return (height // factor) * (width // factor)
