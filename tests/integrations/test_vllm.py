@@ -409,6 +409,25 @@ def test_an_engine_that_cannot_work_is_refused(engine, change, match):
         check_supported(config, has_media=True)
 
 
+def test_vllm_refuses_expandable_segments_where_we_do(vllm, path, monkeypatch):
+    """`check_allocator` goes when this fails: vLLM then takes our connector for what it is, or asks differently."""
+    from vllm.config import VllmConfig
+
+    from future_l1_plugin.integrations.vllm.allocator import SETTING, VARIABLE
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    transfer = SimpleNamespace(kv_connector="LatentConnector")
+    for sleeps, refused in ((False, True), (True, False)):
+        config = SimpleNamespace(
+            kv_transfer_config=transfer, model_config=SimpleNamespace(enable_cumem_allocator=sleeps)
+        )
+        VllmConfig._verify_kv_transfer_compat(config)
+        with monkeypatch.context() as patch:
+            patch.setenv(VARIABLE, SETTING)
+            with pytest.raises(ValueError, match="expandable_segments") if refused else contextlib.nullcontext():
+                VllmConfig._verify_kv_transfer_compat(config)
+
+
 # ---- the hooks into vLLM --------------------------------------------------------------------------------------------
 
 GPU = "vllm.v1.worker.gpu"

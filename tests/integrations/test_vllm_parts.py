@@ -10,6 +10,7 @@ from scipy import stats
 from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.integrations.vllm import engine_args, overrides, read_config
 from future_l1_plugin.integrations.vllm.__main__ import command
+from future_l1_plugin.integrations.vllm.allocator import check_allocator
 from future_l1_plugin.integrations.vllm.media import media_hashes
 from future_l1_plugin.integrations.vllm.noise import draw, uniforms
 from future_l1_plugin.integrations.vllm.params import LatentParams
@@ -192,6 +193,19 @@ def test_engine_args(tiny_path):
         engine_args(tiny_path, scheduler_cls="mine")
     with pytest.raises(CheckpointError, match="nowhere: expected a checkpoint folder or a hub id"):
         engine_args("nowhere")
+
+
+def test_expandable_segments_are_refused_before_vllm_does(tiny_path, monkeypatch):
+    command([str(tiny_path)])
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
+    for start in (lambda: engine_args(tiny_path), lambda: command([str(tiny_path)])):
+        with pytest.raises(ConfigError, match=r"Unset it \(unset PYTORCH_CUDA_ALLOC_CONF\), or set enable_sleep_mode"):
+            start()
+    assert engine_args(tiny_path, enable_sleep_mode=True)["enable_sleep_mode"]
+    assert command([str(tiny_path), "--enable-sleep-mode"]).count("--enable-sleep-mode") == 1
+    check_allocator(False, environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"})
+    with pytest.raises(ConfigError, match="set my_key=true"):
+        check_allocator(False, "my_key", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_what_only_a_released_class_tells_is_not_lost(tiny_path):

@@ -21,6 +21,7 @@ from future_l1_plugin.config import from_mapping
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
 from future_l1_plugin.integrations.verl import plugin
+from future_l1_plugin.integrations.vllm.allocator import check_allocator
 from future_l1_plugin.la_dapo import LaDapoLoss
 from future_l1_plugin.rewards import RewardSet
 
@@ -182,6 +183,8 @@ def check_host(config: DictConfig) -> None:
     for is_wrong, key, found, expected in wrong:
         if is_wrong:
             raise ConfigError(f"{key}: latents need {expected}, found {found}")
+    if rollout.name == plugin.VLLM_ROLLOUT:  # whose engines inherit the environment
+        check_allocator(rollout.get("enable_sleep_mode", True), "actor_rollout_ref.rollout.enable_sleep_mode")
 
 
 def _lora(model: DictConfig) -> bool:

@@ -21,6 +21,7 @@ vLLM's second model runner lets a model bring its own state and sampler. Who doe
 from typing import TYPE_CHECKING, Any
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
+from future_l1_plugin.integrations.vllm.allocator import SLEEPS, check_allocator
 
 if TYPE_CHECKING:
     from future_l1_plugin.integrations.vllm.results import Latents
@@ -48,8 +49,9 @@ def engine_args(model: str, **more: Any) -> dict[str, Any]:
         more: further arguments of vLLM; none of those that are set here.
 
     Raises:
-        ConfigError: `more` sets one of ours. CheckpointError: no latent checkpoint there.
+        ConfigError: `more` sets one of ours; see `check_allocator`. CheckpointError: no latent checkpoint there.
     """
+    check_allocator(any(more.get(name) for name in SLEEPS))
     return {"model": str(model), "hf_overrides": overrides(read_config(model)), **with_own(more)}
 
 

@@ -10,12 +10,14 @@ import json
 import sys
 
 from future_l1_plugin.integrations.vllm import engine_args
+from future_l1_plugin.integrations.vllm.allocator import SLEEPS
 
 
 def command(arguments: list[str]) -> list[str]:
     """Arguments of the command `vllm`, from ours: the checkpoint first, then flags."""
     path, *flags = arguments
-    ours = engine_args(path)
+    theirs = {name: True for name in SLEEPS if f"--{name.replace('_', '-')}" in flags}
+    ours = {key: value for key, value in engine_args(path, **theirs).items() if key not in theirs}
     command = ["vllm", "serve", ours.pop("model")]
     for key, value in ours.items():
         values = value if isinstance(value, list) else [value]

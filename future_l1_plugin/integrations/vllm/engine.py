@@ -25,6 +25,7 @@ from future_l1_plugin.data.rollouts import Job, Sampling, Store, fingerprint, se
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.vllm import overrides, read_config, with_own
 from future_l1_plugin.integrations.vllm.ahead import Ahead
+from future_l1_plugin.integrations.vllm.allocator import SLEEPS, check_allocator
 from future_l1_plugin.integrations.vllm.media import MEDIA, media_hashes
 from future_l1_plugin.model.checkpoint import load_processor
 from future_l1_plugin.model.config import LatentConfig
@@ -146,6 +147,7 @@ class VllmEngine:
         dtype = str(stored).removeprefix("torch.") if dtype == "auto" and stored is not None else dtype
         args = {"mm_processor_cache_gb": 0, **args, "dtype": dtype}  # inputs come processed
         if self._latent_id is not None:
+            check_allocator(any(args.get(name) for name in SLEEPS))
             args = {**with_own(args), "hf_overrides": overrides(config)}
         self._llm = LLM(model=path, **args)
         self._config, self._tokenizer = config, self._llm.get_tokenizer()
