@@ -64,11 +64,18 @@ def prompt_length(prompt: RlPrompt, processor: Any) -> int:
     Raises DataError: a file that cannot be opened, or that the processor refuses. Names the prompt.
     """
     try:
-        pictures, clip = _shown(prompt, processor)
+        return _length(prompt, processor)
     except DataError as error:
         raise DataError(f"prompt {prompt.id}: {error}") from error
+
+
+def _length(prompt: RlPrompt, processor: Any) -> int:
+    try:
+        pictures, clip = _shown(prompt, processor)
+    except DataError:
+        raise
     except ValueError as error:  # smaller than a patch, or an extreme aspect ratio
-        raise DataError(f"prompt {prompt.id}: the processor refuses its images or video: {error}") from error
+        raise DataError(f"the processor refuses its images or video: {error}") from error
     text = processor.apply_chat_template(chat_messages(prompt), tokenize=False, add_generation_prompt=True)
     more = sum(tokens - 1 for tokens in pictures)  # the template has one placeholder for a picture
     if clip is not None:
@@ -116,7 +123,7 @@ def _fits(prompt: RlPrompt, found: int | DataError, most: int, hint: str, bad: l
 
 def _length_or_fault(prompt: RlPrompt, processor: Any) -> int | DataError:
     try:
-        return prompt_length(prompt, processor)
+        return _length(prompt, processor)
     except DataError as error:
         return error
 

@@ -79,14 +79,18 @@ def test_two_steps_agree_with_the_actor(out, tmp_path):
         assert data["rollout_gap/latent_max"] <= 1e-3
         assert data["actor/text/ratio_gap_first_max"] <= 1e-3
         assert data["actor/latent/ratio_gap_first_max"] <= 1e-3
+        assert data["rollout/engines_per_group"] == 1
+        assert data["pixels/prompts"] == 2
 
 
 def seams():
     """What we override or call of verl's vLLM backend: (owner, name, parameters)."""
     from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension as Extension
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+    from vllm.v1.engine.input_processor import InputProcessor
 
     return [
+        (InputProcessor, "inject_into_mm_cache", "self mm_hashes mm_kwargs"),
         (vLLMReplica, "_get_server_name_prefix", "self"),
         (vLLMHttpServer, "_apply_quantization", "self"),
         (vLLMHttpServer, "_preprocess_engine_kwargs", "self engine_kwargs"),

@@ -55,7 +55,7 @@ class LatentVLLMServer(vLLMHttpServer):
 
     def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
-        engine_kwargs |= with_own({"mm_processor_cache_gb": 0, **engine_kwargs})  # pictures come processed
+        engine_kwargs |= with_own(engine_kwargs)
 
     def _get_worker_extension_cls(self) -> str:
         return f"{__name__}.LatentWorkerExtension"
@@ -126,6 +126,7 @@ class LatentVLLMServer(vLLMHttpServer):
             stop_reason="completed",
             extra_fields={
                 "latents": got.latents,  # in the model's dtype, as they were fed
+                "latent_means": got.means,
                 "forced": got.forced.long().tolist(),
                 "global_steps": self.global_steps,
                 ENGINE_NUMBER: self.replica_rank,
@@ -140,6 +141,9 @@ class LatentVLLMServer(vLLMHttpServer):
         if await self._park_until_admitted(request_id) is not None:
             return None
         last: RequestOutput | None = None
+        if "mm_kwargs" in prompt:
+            # Pixels go to the engine's process with the first of a group's requests only; the others name them.
+            self.engine.input_processor.inject_into_mm_cache(prompt["mm_hashes"], prompt["mm_kwargs"])
         try:
             async for output in self.engine.generate(prompt, params, request_id, priority=priority):
                 if last is None:  # verl counts requests that it let in and of which the engine has not yet been heard

@@ -19,10 +19,11 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from future_l1_plugin.compat import require
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.verl.batch import rows
-from future_l1_plugin.integrations.verl.engine import LATENT, RETURN_MU, latent_settings
+from future_l1_plugin.integrations.verl.correction import WEIGHTS, weights_of
+from future_l1_plugin.integrations.verl.engine import ANGLE, LATENT, RETURN_ANGLE, RETURN_MU, latent_settings
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, whole_groups
 from future_l1_plugin.integrations.verl.loss import loss_function
-from future_l1_plugin.integrations.verl.metrics import engine_metrics, log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.pixels import keeper
 from future_l1_plugin.integrations.verl.plugin import TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
@@ -31,6 +32,9 @@ from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
 from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.latent import LatentTokens
+
+#: What rollout and actor say of the same actions.
+_GAP = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
 
 
 @register_trainer(TRAINER)
@@ -87,7 +91,8 @@ class LaDapoTrainer(PPOTrainerSync):
                 self.role_worker_mapping[role] = ray.remote(LatentWorker)
 
     def on_init_end(self) -> None:
-        self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent))
+        corrected = self.settings.correction is not None
+        self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent, corrected))
         super().on_init_end()
 
     def fit(self, agent_loop_manager: Any) -> None:
@@ -100,10 +105,16 @@ class LaDapoTrainer(PPOTrainerSync):
         put_back(self.logger, self._logged)
 
     def _val_metrics_update(self, data_sources: list[str], sample_uids: list[str], *args: Any, **kwargs: Any) -> dict:
-        """Adds `val-aux/SOURCE/questions`, from which a standard error follows."""
+        """Adds `val-aux/SOURCE/questions`, from which a standard error follows, and `val-aux/failed`.
+
+        verl counts a question that failed as wrong in `acc`, and leaves it out of `acc_success_only`.
+        """
         metrics = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
-        asked = Counter(source for source, _ in set(zip(data_sources, sample_uids, strict=True)))
-        return metrics | {f"val-aux/{source}/questions": count for source, count in asked.items()}
+        answered = set(zip(data_sources, sample_uids, strict=True))
+        asked = set(kwargs.get("expected_acc_counts") or answered)
+        questions = Counter(source for source, _ in asked)
+        metrics |= {f"val-aux/{source}/questions": count for source, count in questions.items()}
+        return metrics | {"val-aux/failed": len(asked) - len(answered)}
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Names prompts by step and order, so that groups have the same names and order in every run."""
@@ -125,13 +136,13 @@ class LaDapoTrainer(PPOTrainerSync):
         return batch
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._tell(batch, return_mu=False)
+        self._tell(batch, return_angle=True)
         batch = super()._compute_old_log_prob(batch, metrics)
         for key in [key for key in metrics if key.startswith("training/rollout_")]:
             del metrics[key]  # verl's take a density for a probability; ours keep text and latents apart
-        fields = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        metrics.update(log_prob_gaps(*(rows(data[name]) for name in fields), self.tokens))
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[*_GAP, ANGLE])
+        metrics.update(log_prob_gaps(*(rows(data[name]) for name in _GAP), self.tokens))
+        metrics.update(angle_gaps(rows(data[ANGLE])))
         return batch
 
     def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -140,18 +151,36 @@ class LaDapoTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._add_group_rewards(batch, metrics)
-        return super()._compute_advantage(batch, metrics)
+        batch = super()._compute_advantage(batch, metrics)
+        self._correct(batch, metrics)
+        return batch
+
+    def _correct(self, batch: Any, metrics: dict[str, Any]) -> None:
+        """Put our importance weights in the place of verl's, which take a density for a probability."""
+        for key in [key for key in metrics if key.startswith("rollout_corr/")]:
+            del metrics[key]
+        if self.settings.correction is None:
+            return
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_GAP)
+        weights, found = weights_of(self.settings.correction, *(rows(data[name]) for name in _GAP), self.tokens)
+        nested = torch.nested.as_nested_tensor(weights, layout=torch.jagged)
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({WEIGHTS: nested}, batch_size=len(batch.keys)),
+        )
+        metrics.update(found)
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._tell(batch, return_mu=False)
+        self._tell(batch)
         batch = super()._update_actor(batch, metrics)
         metrics.update(ray.get(self._pixels.clear.remote()))  # no pass over them is left in this step
         return batch
 
-    def _tell(self, batch: Any, return_mu: bool) -> None:
+    def _tell(self, batch: Any, return_mu: bool = False, return_angle: bool = False) -> None:
         """Tell the engine how latents were drawn and what is wanted back."""
-        latent = self.settings.latent
-        batch.extra_info |= {LATENT: latent_settings(latent.policy, latent.tempering), RETURN_MU: return_mu}
+        settings = latent_settings(self.settings.latent.policy, self.settings.latent.tempering)
+        batch.extra_info |= {LATENT: settings, RETURN_MU: return_mu, RETURN_ANGLE: return_angle}
 
     def _add_group_rewards(self, batch: Any, metrics: dict[str, Any]) -> None:
         """Replace each trajectory's own reward by its total, now that the whole group is here."""
