@@ -6,10 +6,12 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from future_l1_plugin.errors import ConfigError, DataError
+from future_l1_plugin.integrations.vllm import read_config
 from future_l1_plugin.integrations.vllm.ahead import Ahead
 from future_l1_plugin.integrations.vllm.engine import READ_AHEAD, WAITING, Ask, VllmEngine, named
 
@@ -60,6 +62,26 @@ def test_an_error_comes_in_its_turn_and_leaving_begins_nothing_more():
     left = len(begun)
     time.sleep(0.1)
     assert len(begun) == left <= 12
+
+
+def test_one_processor_serves_all_threads(tiny_path):
+    """Texts and pictures of many sizes, by eight threads at once: the same ids and pixels as one after the other."""
+    from future_l1_plugin.model import LatentConfig
+    from future_l1_plugin.model.checkpoint import load_processor
+
+    processor = load_processor(tiny_path, LatentConfig.from_hf(read_config(str(tiny_path))))
+
+    def encode(i):
+        picture = np.random.default_rng(i).integers(0, 255, (64 + 32 * (i % 3), 64 + 32 * (i % 4), 3), dtype=np.uint8)
+        content = [{"type": "image"}, {"type": "text", "text": "Where will it be? " * (1 + i % 5)}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor(text=[text], images=[picture], return_tensors="pt")
+
+    with Ahead(range(48), encode, limit=24, threads=8) as ahead:
+        together = list(ahead)
+    for i, found in enumerate(together):
+        wanted = encode(i)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted) and set(found) == set(wanted)
 
 
 # ---- the engine -----------------------------------------------------------------------------------------------------

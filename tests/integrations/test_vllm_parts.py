@@ -63,6 +63,17 @@ def test_draws_follow_the_policy(hidden):
     assert draw(build_policy("deterministic"), mu, seed, position) is mu
 
 
+@pytest.mark.parametrize("policy", [{"name": "vmf", "mean_cosine": 0.8}, {"name": "gaussian", "sigma": 0.3}])
+def test_draws_are_of_the_model_s_dtype(policy):
+    """They are fed as they are sent: what is drawn in float32 is rounded once, before both."""
+    mu, at = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    for dtype in (torch.bfloat16, torch.float32):
+        z = draw(build_policy(**policy), mu.to(dtype), at, at)
+        assert z.dtype == dtype
+    rounded = draw(build_policy(**policy), mu.bfloat16().float(), at, at).bfloat16()
+    assert torch.equal(draw(build_policy(**policy), mu.bfloat16(), at, at), rounded)
+
+
 # ---- grammar --------------------------------------------------------------------------------------------------------
 
 
