@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: through the `finally` that ends a part
     environment = look_around()
     small = args.small or not environment["cuda"]
     parts = {letter: PARTS[letter] for letter in args.parts or PARTS}
