@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What reinforcement learning with latents costs, each figure against a peer that is measured in the same run.
 
-    python scripts/bench_rl.py [--only contrastive engine step import] [--metrics FILE | --skip-run] [--turns 15]
+    python scripts/bench_rl.py [--only contrastive engine step import bytes] [--metrics FILE | --skip-run] [--turns 15]
 
 contrastive   `outcome_contrastive` (a prompt at a time, and all prompts in one call) against a plain Python double loop
               over pairs of rollouts: step by step, and all steps of a pair at once. Goal: 50 times faster than the loop
@@ -14,6 +14,9 @@ step          share of a training step outside rollout, forward and backward, af
               micro base, without the group filter, validation and checkpoints. Goal: under 10%. This starts Ray.
 import        what the plugin adds to `import verl` in a process that does not use it, with verl's own switch
               VERL_USE_EXTERNAL_PLUGINS=none for a peer; and the time to load it alone. Goal: under 0.2 s.
+bytes         copied by a training step on its way from encoder to rollout engine and actor, against verl's own way
+              (pixels in float32, with each rollout), on two ranks and two engines; and what follows for the full
+              recipe. Goal: at most 1/8. This starts Ray twice. See rl_bytes.py.
 
 Peers take turns, alternating who goes first, and a ratio is the median over the turns of the ratio within a turn. A
 busy machine still blurs it: the ratio of processor times stands beside the ratio of wall times.
@@ -40,7 +43,7 @@ import torch
 from future_l1_plugin.report.timing import in_turns, median, ratio
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-PARTS = ("contrastive", "engine", "step", "import")
+PARTS = ("contrastive", "engine", "step", "import", "bytes")
 VMF = {"name": "vmf", "mean_cosine": 0.95}  # as in recipes/la_dapo_micro.yaml
 #: Timers of verl that are rollout, forward and backward; the rest of `step` is overhead. `gen` holds the rewards of
 #: single responses, `update_actor` the optimiser's step.
@@ -396,7 +399,7 @@ def engine(args: argparse.Namespace) -> list[list[str]]:
 # Training step --------------------------------------------------------------------------------------------------------
 
 
-def run_recipe(folder: Path, steps: int) -> Path:
+def run_recipe(folder: Path, steps: int, *overrides: str) -> Path:
     """A short run of the micro recipe. Returns its metrics file."""
     from future_l1_plugin.data.world import make_world
 
@@ -408,6 +411,7 @@ def run_recipe(folder: Path, steps: int) -> Path:
     command += [f"trainer.total_training_steps={steps}", "trainer.total_epochs=100", "trainer.val_before_train=false"]
     command += ["trainer.test_freq=-1", "trainer.save_freq=-1", "trainer.resume_mode=disable"]
     command += ["algorithm.filter_groups.enable=false"]  # an untrained model has no group of mixed answers
+    command += overrides
     log = folder / "log.txt"
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, timeout=1800)
@@ -524,6 +528,50 @@ def imports(args: argparse.Namespace) -> list[list[str]]:
     ]
 
 
+# Bytes of a step ------------------------------------------------------------------------------------------------------
+
+#: The full recipe: prompts a step, and bytes of a prompt's pixels in float32 at the cap of Qwen3-VL's video processor
+#: (12,288 tokens of 4 patches, each 3 x 2 x 16 x 16 numbers).
+FULL = {"prompts": 64, "pixels": 12288 * 4 * 1536 * 4}
+
+
+def bytes_of_a_step(args: argparse.Namespace) -> list[list[str]]:
+    import rl_bytes
+
+    steps, prompts, found = 2, 8, {}
+    ranks = ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2", "reward.num_workers=1"]
+    for name in ("verl", "ours"):
+        say(f"bytes: {steps} steps of la_dapo_micro, pixels sent as {name} does")
+        with tempfile.TemporaryDirectory() as folder:
+            counts = Path(folder) / "counts"
+            # The micro model computes in float32; where models compute in bfloat16, pixels weigh half of this.
+            run_recipe(Path(folder), steps, *ranks, *rl_bytes.probe(counts, name == "verl"))
+            found[name] = {key: value / steps for key, value in rl_bytes.counted(counts).items()}
+        say("  " + ", ".join(f"{key} {value / 1e6:.2f} MB" for key, value in sorted(found[name].items())))
+    copied = {
+        name: {kind: sum(each.get(f"{way}: {kind}", 0) for way in rl_bytes.COPIES) for kind in ("pixels", "other")}
+        for name, each in found.items()
+    }
+    # How often a prompt's pixels are copied does not depend on their size.
+    once = found["ours"]["store put: pixels"] / prompts
+    times = {name: each["pixels"] / (prompts * once) for name, each in copied.items()}
+    full = {
+        "verl": times["verl"] * FULL["prompts"] * FULL["pixels"],
+        "ours": times["ours"] * FULL["prompts"] * FULL["pixels"] / 2,
+    }
+    both = {name: sum(each.values()) for name, each in copied.items()}
+    return [
+        bytes_row("micro recipe, all fields", both["verl"], both["ours"], 1e6, "MB"),
+        bytes_row("full recipe, pixels (bf16)", full["verl"], full["ours"], 1e9, "GB"),
+    ]
+
+
+def bytes_row(what: str, peer: float, ours: float, unit: float, name: str) -> list[str]:
+    share = ours / peer
+    a, b = (f"{value / unit:.1f} {name} a step" for value in (peer, ours))
+    return row("bytes", what, a, b, f"1/{1 / share:.0f}", "1/8 or less", share <= 1 / 8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
@@ -539,7 +587,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2, help="first steps of a run that do not count")
     parser.add_argument("--pairs", type=int, default=7, help="of imports")
     args = parser.parse_args()
-    calls = {"contrastive": contrastive, "engine": engine, "step": step, "import": imports}
+    calls = {"contrastive": contrastive, "engine": engine, "step": step, "import": imports, "bytes": bytes_of_a_step}
     found = []
     for part in PARTS:
         if part in args.only:

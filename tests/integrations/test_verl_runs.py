@@ -223,7 +223,8 @@ def test_three_prompts_that_fail_are_replaced_and_named(out, tmp_path):
     damage(broken)
     items[6]["qa"]["Question"] += " Think of it once more." * 60
     questions.write_text(json.dumps(items))
-    shutil.copy(Path(__file__).with_name("verl_faults.py"), tmp_path)
+    for file in ("verl_faults.py", "verl_faults_server.py"):
+        shutil.copy(Path(__file__).with_name(file), tmp_path)
     env = "+ray_kwargs.ray_init.runtime_env.env_vars"
     log = train(
         out,
@@ -238,11 +239,11 @@ def test_three_prompts_that_fail_are_replaced_and_named(out, tmp_path):
 
 
 def damage(clip):
-    """Zeros in the middle of the frames; the header stays sound."""
+    """Zeros in the second half of the frames; the header and the first frames stay sound."""
     data = bytearray(clip.read_bytes())
-    start = data.index(b"mdat") + 4
-    half = (len(data) - start) // 2
-    data[start + half // 2 : start + half // 2 + half] = bytes(half)
+    box = data.index(b"mdat")
+    size = int.from_bytes(data[box - 4 : box], "big") - 8
+    data[box + 4 + size // 2 : box + 4 + size] = bytes(size - size // 2)
     clip.write_bytes(data)
 
 
