@@ -290,6 +290,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe of verl, such as recipes/la_dapo.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value, as `python -m verl.trainer.main_ppo` takes them")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of a GPU (default: of the one here, else 80)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from future_l1_plugin.compat import require
+
+    require("verl")
+    from future_l1_plugin.integrations.verl.plan import run
+
+    return run(args.recipe, args.overrides, args.gpu_memory)
+
+
 COMMANDS = (
     Command("doctor", "check versions, device, video and disk; print what mends them", None, _doctor),
     Command("convert", "make a latent checkpoint from a Qwen3-VL one", _convert_arguments, _convert),
@@ -298,6 +313,12 @@ COMMANDS = (
     Command("curate", "choose the records whose future frames help a base model most", _curate_arguments, _curate),
     Command("judge", "score logged answers to TwiFF-Bench by one or several judges", _judge_arguments, _judge),
     Command("data", "check records and videos before training", _data_arguments, _data),
+    Command(
+        "plan",
+        "dry run of an RL recipe: values, checks, memory, bytes; non-zero if it would not run",
+        _plan_arguments,
+        _plan,
+    ),
     Command("tiny", "write a latent Qwen3-VL of two million parameters", _tiny_arguments, _tiny),
     Command("probe", "ask whether the latents matter: spoil them, and count answers", _probe_arguments, _probe),
     Command("compare", "the paired difference of two futurebench runs", _compare_arguments, _compare),

@@ -72,6 +72,8 @@ class Settings:
         """
         if unknown := sorted(set(config) - _SECTIONS):
             near = difflib.get_close_matches(unknown[0], _SECTIONS, n=1)
+        if "dry_run" in config:  # verl starts Ray before it asks us for anything
+            raise ConfigError("dry_run: verl has none. Run: future-l1 plan RECIPE.yaml, with the same key=value words")
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise ConfigError(f"unknown section `{unknown[0]}`.{hint} Sections: {', '.join(sorted(_SECTIONS))}")
         if "rewards" not in config:
