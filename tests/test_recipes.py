@@ -121,8 +121,9 @@ def test_sft_micro_trains_as_the_readme_says():
         "train_vision": False,
         "attn_implementation": None,
         "seed": 0,
+        "check_memory": True,
     }
-    assert (recipe.train.lora.rank, recipe.qwen_vl_finetune.deepspeed) == (0, None)
+    assert (recipe.train.lora.rank, recipe.hf_trainer.deepspeed, recipe.qwen_vl_finetune.deepspeed) == (0, None, None)
 
 
 @pytest.mark.parametrize(

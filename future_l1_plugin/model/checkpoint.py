@@ -66,16 +66,30 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def attach_head(model: nn.Module, config: LatentConfig) -> None:
-    """Hang a freshly initialised head on the model if the configuration asks for one."""
+    """Hang a freshly initialised head on the model if the configuration asks for one.
+
+    Under DeepSpeed's ZeRO-3 the head's weights are divided over the processes as the model's are: each process must
+    call this, and all get the first one's values. A model on the meta device has no weights to divide.
+    """
     if config.head == "none":
         return
-    hidden = model.config.get_text_config().hidden_size
-    head = build_head(config.head, hidden, config.projection_hidden_dim)
-    setattr(model, HEAD_NAME, head.to(device=model.device, dtype=model.dtype))
+    shape = config.head, model.config.get_text_config().hidden_size, config.projection_hidden_dim
+    if divided() and model.device.type != "meta":
+        from deepspeed import zero
+        from transformers.integrations import deepspeed_config
+
+        with zero.Init(config_dict_or_path=deepspeed_config()):  # in its dtype, on its device
+            head = build_head(*shape)
+    else:
+        head = build_head(*shape).to(device=model.device, dtype=model.dtype)
+    setattr(model, HEAD_NAME, head)
 
 
 def load_head(model: nn.Module, path: str | Path) -> None:
-    """from_pretrained of the stock class leaves our head's weights out; read them from the checkpoint's files."""
+    """from_pretrained of the stock class leaves our head's weights out; read them from the checkpoint's files.
+
+    Under DeepSpeed's ZeRO-3 each process must call this; each ends with its part of them.
+    """
     from safetensors import safe_open
 
     head = latent_head(model)
@@ -92,12 +106,35 @@ def load_head(model: nn.Module, path: str | Path) -> None:
             f"{', '.join(missing)}. Use the folder that holds them, or set use_projection_head to false."
         )
     try:
-        head.load_state_dict(state)
+        with gathered(head, modifier=0):
+            head.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: the weights of its {type(head).__name__} do not fit config.json: {error}. "
             "Set projection_head_type and projection_hidden_dim as they were in training."
         ) from error
+
+
+def divided() -> bool:
+    """Whether DeepSpeed's ZeRO-3 is on in this process: transformers then divides the weights of what it loads."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def gathered(module: nn.Module, modifier: int | None = None) -> Iterator[None]:
+    """Under DeepSpeed's ZeRO-3 a process holds a part of each weight; within, it holds them whole. All must enter.
+
+    modifier: the rank whose changes all others take over at the end; None = nothing is changed.
+    """
+    if not divided():
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(module.parameters()), modifier_rank=modifier):
+        yield
 
 
 def load_processor(path: str | Path, latent: LatentConfig) -> Any:
@@ -118,7 +155,7 @@ def load_processor(path: str | Path, latent: LatentConfig) -> Any:
 
 def load(
     path: str | Path,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     **overrides: Any,
@@ -129,6 +166,8 @@ def load(
 
     Args:
         path: folder or hub id of a latent checkpoint.
+        device: None = leave every weight and buffer where transformers put it, which is the only way under DeepSpeed's
+            ZeRO-3: it has the weights divided over the processes and placed already.
         dtype: torch dtype, its name, or "auto" for the checkpoint's own.
         overrides: latent keys to set instead of the checkpoint's (e.g. `max_latent_token=8`).
 
@@ -138,10 +177,15 @@ def load(
     Raises:
         CheckpointError: not a Qwen3-VL, files missing, no latent tokens, tokenizer and config disagree, head weights
             that are missing or do not fit.
-        ConfigError: unknown dtype.
+        ConfigError: unknown dtype, or a device under ZeRO-3.
     """
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
+    if device is not None and divided():
+        raise ConfigError(
+            f"load: device={str(device)!r} would move weights that DeepSpeed's ZeRO-3 has divided and placed. "
+            "Pass device=None"
+        )
     if _is_absent(path):
         raise CheckpointError(f"{path}: no such folder. Expected a latent Qwen3-VL checkpoint or a hub id.")
     _check_folder(path)
@@ -172,7 +216,7 @@ def load(
             path = snapshot_download(str(path), allow_patterns=["*.safetensors"])
         load_head(model, Path(path))
     model.latent_tokenizer = processor.tokenizer  # generate() decodes with it
-    return model.to(device).eval(), processor
+    return (model if device is None else model.to(device)).eval(), processor
 
 
 def convert(

@@ -361,6 +361,64 @@ def test_bf16(tiny_path, world, unbroken, tmp_path):
     assert {tensor.dtype for tensor in weights(output / "final").values()} == {torch.float32}
 
 
+# ---- two processes --------------------------------------------------------------------------------------------------
+
+
+def start_two(path: Path, model, world, *overrides: str, **sections) -> Path:
+    """A run in two processes over gloo, started as a user starts it on two GPUs; returns the output folder."""
+    recipe = write_recipe(path, model, world, **sections)
+    command = [sys.executable, "-m", "future_l1_plugin.integrations.sft.launch", str(recipe), "--gpus", "2", *overrides]
+    said = path.with_suffix(".log")
+    with said.open("w") as file:
+        run = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        code = run.wait(timeout=300)
+    finally:
+        if run.poll() is None:  # ranks that wait for each other
+            os.killpg(run.pid, signal.SIGKILL)
+    assert code == 0, said.read_text()[-3000:]
+    return path.parent / path.stem
+
+
+@pytest.fixture(scope="module")
+def unlike(world, tmp_path_factory) -> Path:
+    """Records of which every second one shows nothing, neither in its question nor as a future."""
+    records = json.loads(world.sft.read_text())
+    for record in records[::2]:
+        record["image"], record["reasoning_image"] = [], []
+        for turn in record["conversations"]:
+            turn["value"] = turn["value"].replace("<image>", "")
+    file = tmp_path_factory.mktemp("unlike") / "unlike.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "zero3", "zero2", "lora"])
+def test_two_processes_give_the_run_of_one(world, unlike, tmp_path, how):
+    """Same losses and weights, with a latent head, own latents and records that differ."""
+    if how != "ddp":
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed")
+    from future_l1_plugin.model import convert, make_tiny
+
+    base = make_tiny(tmp_path / "base", latent=False)
+    model = convert(base, tmp_path / "model", use_projection_head=True, projection_head_type="lvr")
+    data = {"records": str(unlike), "question_media": "images"}
+    keys = ["train.micro_batch_size=1", "train.max_grad_norm=0.5", "latent.own_share=1.0", "latent.own_passes=2"]
+    keys += ["train.max_steps=3", "train.lora.rank=4"] if how == "lora" else ["train.max_steps=3"]
+    plain = train(tmp_path / "plain.yaml", model, world, *keys, data=data)
+    stage = {"ddp": "null", "lora": "zero3"}.get(how, how)
+    output = start_two(tmp_path / "run.yaml", model, world, *keys, f"hf_trainer.deepspeed={stage}", data=data)
+    for step, pair in losses(plain).items():
+        assert losses(output)[step] == pytest.approx(pair, abs=1e-4), f"step {step}"
+    first, second = weights(plain / "final"), weights(output / "final")
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], rtol=0, atol=1e-4) for name in first)
+    load(output / "final")
+
+
 # ---- runs that are there already ------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,13 @@
 """What scripts/sft.sh does before and around a run: dispatch, sweeps, the dry run and its arithmetic."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from real_size import write_config
 
@@ -12,9 +15,10 @@ from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.hf_trainer.host import HfTrainer
-from future_l1_plugin.integrations.sft import launch
-from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, host_of, shared_arguments
-from future_l1_plugin.integrations.sft.memory import Sharding, Sizes, activations, model_states
+from future_l1_plugin.integrations.sft import fit, launch
+from future_l1_plugin.integrations.sft.deepspeed import NAMES, configuration, named
+from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, host_of, shared_arguments
+from future_l1_plugin.integrations.sft.memory import Sharding, Sizes, activations, model_states, with_lora
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.integrations.sft.run import main as run_main
 from future_l1_plugin.model import LatentConfig, load
@@ -64,10 +68,13 @@ def test_without_a_checkout_it_is_transformers_trainer_and_says_so(recipe, capsy
     assert first.startswith("SFT on transformers.Trainer 5") and first.endswith("(no qwen_vl_finetune.path is given)")
 
 
-def test_the_full_recipe_says_that_nothing_is_sharded_without_a_checkout():
+def test_the_full_recipe_divides_the_weights_without_a_checkout_too():
     host = host_of(load_recipe(RECIPES / "sft.yaml", SftRecipe))
     assert isinstance(host, HfTrainer)
-    assert "qwen_vl_finetune.deepspeed (zero3) is not used: each GPU holds everything" in host.line
+    assert host.sharding() == Sharding(3)
+    assert ", DeepSpeed zero3 (no qwen_vl_finetune.path is given)" in host.line
+    whole = host_of(load_recipe(RECIPES / "sft.yaml", SftRecipe, ["hf_trainer.deepspeed=null"]))
+    assert whole.sharding() is None and ", each GPU holds everything (no" in whole.line
 
 
 def test_flags_of_a_checkout_need_a_checkout(recipe, capsys):
@@ -104,8 +111,101 @@ def test_commands(recipe):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     assert job.command(8) == [*torchrun, "8", *tail]
     sharded = ["qwen_vl_finetune.path=somewhere", "qwen_vl_finetune.deepspeed=zero2"]
-    (job,) = launch.jobs(recipe(), sharded)
-    assert job.command(None)[:6] == [*torchrun, "1"]  # DeepSpeed wants torchrun's names for its processes
+    for keys in (sharded, ["hf_trainer.deepspeed=zero3"]):
+        (job,) = launch.jobs(recipe(), keys)
+        assert job.command(None)[:6] == [*torchrun, "1"]  # DeepSpeed wants torchrun's names for its processes
+    (job,) = launch.jobs(recipe(), ["hf_trainer.deepspeed=zero3", "qwen_vl_finetune.path=somewhere"])
+    assert job.command(None)[:3] == [sys.executable, "-m", "future_l1_plugin.integrations.sft.run"]  # the other host's
+
+
+# ---- DeepSpeed on transformers.Trainer ------------------------------------------------------------------------------
+
+
+def test_the_configurations_behind_the_names(tmp_path):
+    for name, sharding in NAMES.items():
+        config = named(name)
+        assert Sharding.from_config(config) == sharding, name
+        assert config["bf16"] == {"enabled": "auto"} and config["gradient_clipping"] == "auto"
+    assert named("zero3")["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    own = tmp_path / "mine.json"
+    own.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 3}')
+    assert configuration(str(own), "key") == {"zero_optimization": {"stage": 1}, "gradient_clipping": 3}
+    own.write_text("{")
+    with pytest.raises(ConfigError, match=r"key: .*mine.json is no JSON"):
+        configuration(str(own), "key")
+    with pytest.raises(ConfigError, match=r"key: expected one of zero2, .* or the path of a JSON, found 'no.json'"):
+        configuration("no.json", "key")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("hf_trainer.deepspeed=zero7", "hf_trainer.deepspeed: expected one of zero2, zero3, zero2_offload"),
+        ("qwen_vl_finetune.deepspeed=zero7", "qwen_vl_finetune.deepspeed: expected one of zero2, zero3, zero2_offload"),
+        ("hf_trainer.fsdp=full_shard", "hf_trainer.fsdp: FSDP gathers weights for the wrapped model's own forward"),
+    ],
+)
+def test_bad_sharding_starts_nothing(recipe, capsys, monkeypatch, key, expected):
+    monkeypatch.setattr(launch.os, "execv", lambda *command: pytest.fail("a run was started"))
+    assert expected in refused(capsys, recipe(), key)
+
+
+def test_a_missing_deepspeed_is_found_before_torchrun(recipe, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    monkeypatch.setattr(launch.os, "execv", lambda *command: pytest.fail("a run was started"))
+    message = refused(capsys, recipe(), "hf_trainer.deepspeed=zero3", "--gpus", "8")
+    assert "hf_trainer.deepspeed: DeepSpeed is not installed.\nRun: DS_BUILD_OPS=0" in message
+    assert run_main([recipe(), "hf_trainer.deepspeed=zero3"]) == 2  # and by whoever starts torchrun himself
+    assert "DeepSpeed is not installed" in capsys.readouterr().err
+
+
+def test_fsdp_of_accelerate_launch_is_refused(recipe, capsys, monkeypatch):
+    with pytest.raises(ConfigError, match=r"FSDP is on: FSDP gathers .* use hf_trainer.deepspeed=zero3"):
+        checked(SimpleNamespace(n_gpu=1, fsdp=["full_shard"]), "hf_trainer.deepspeed")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run_main([recipe()]) == 2
+    assert "FSDP is on" in capsys.readouterr().err
+
+
+def test_under_zero3_the_model_is_placed_nowhere(recipe, capsys, monkeypatch):
+    """`load` would move divided weights and the rope's buffers to the CPU, where the first pass on a GPU fails."""
+    asked = {}
+
+    def no_load(path, **keys):
+        asked.update(keys)
+        raise ConfigError("loaded enough")
+
+    monkeypatch.setattr("future_l1_plugin.model.load", no_load)
+    assert run_main([recipe()]) == 2
+    assert asked["device"] == "cpu"
+    monkeypatch.setattr("future_l1_plugin.model.checkpoint.divided", lambda: True)
+    assert run_main([recipe()]) == 2
+    assert asked["device"] is None and capsys.readouterr().err.count("loaded enough") == 2
+
+
+# ---- does it fit ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_fit_is_refused_before_weights_are_loaded(recipe, capsys, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("future_l1_plugin.model.load", lambda *_, **__: loaded.append(1) or pytest.fail("loaded"))
+    monkeypatch.setattr(fit, "device_here", lambda: fit.Device(0.001, "0.0 GiB a GPU (a small one)"))
+    assert run_main([recipe()]) == 2
+    message = capsys.readouterr().err
+    assert "on 1 GPU this run needs about " in message and "0.0 GiB a GPU (a small one). What helps:" in message
+    assert "GPUS=8 scripts/sft.sh .. hf_trainer.deepspeed=zero3: " in message
+    assert "train.check_memory=false starts anyway" in message
+    with pytest.raises(pytest.fail.Exception):
+        run_main([recipe(), "train.check_memory=false"])
+    assert loaded == [1]
+
+
+def test_on_a_cpu_nothing_is_measured(recipe, monkeypatch):
+    monkeypatch.setattr(fit, "model_sizes", lambda *_: pytest.fail("measured"))
+    assert fit.device_here() is None or torch.cuda.is_available()
+    monkeypatch.setattr(fit, "device_here", lambda: None)
+    fit.check(load_recipe(recipe(), SftRecipe), None, 1, True, None)
 
 
 SWEEP = {"key": "latent.weight", "values": [0.1, 0.5, 1]}
@@ -188,17 +288,18 @@ def eight_billion(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dry(monkeypatch, capsys):
-    """Runs a dry run that must end well and load no weights; returns what it printed."""
+    """Runs a dry run that must end with `code` and load no weights; returns what it printed."""
     from transformers import Qwen3VLForConditionalGeneration
 
     def no_weights(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, code: int = 0) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(Qwen3VLForConditionalGeneration, "from_pretrained", no_weights)
-            assert launch.main([*arguments, "--dry-run"]) == 0
-        return capsys.readouterr().out
+            assert launch.main([*arguments, "--dry-run"]) == code
+        captured = capsys.readouterr()
+        return captured.out + captured.err
 
     return run
 
@@ -231,17 +332,41 @@ def projections(model) -> list:
 
 
 def test_a_dry_run_of_the_full_recipe(dry, eight_billion):
-    text = dry(str(RECIPES / "sft.yaml"), f"model={eight_billion}")
+    text = dry(str(RECIPES / "sft.yaml"), f"model={eight_billion}", "--gpus", "8", "--gpu-memory", "80")
     assert "parameters: 8,190,735,360 trained, 576,388,336 frozen" in text  # 8,767,123,696, as the hub counts
     assert "records not counted: outputs/curated/sft.jsonl: no such file" in text
-    alone, _, sharded = text.partition("DeepSpeed zero3, if qwen_vl_finetune.path named a checkout")
-    assert "in all: 1 GPU 174.53 GiB, 8 GPUs 205.04 GiB" in alone
-    assert "in all: 1 GPU 191.03 GiB, 8 GPUs 56.59 GiB" in sharded
+    assert "estimated for bf16; DeepSpeed zero3:" in text
+    assert "in all: 1 GPU 191.03 GiB, 8 GPUs 56.59 GiB" in text
+    # 2 bytes of 8.77 billion weights, 12 of 8.19 billion: float32 weights and two moments
+    assert "disk: about 107.87 GiB a checkpoint, every 100 steps; log.keep=2" in text
+    assert text.endswith("verdict for 8 GPUs: it fits, 80 GiB a GPU (--gpu-memory)\n")
+
+
+def test_a_dry_run_refuses_a_full_fine_tune_of_8b_on_one_gpu(dry, eight_billion, monkeypatch):
+    monkeypatch.setattr(fit, "device_here", lambda: None)
+    text = dry(str(RECIPES / "sft.yaml"), f"model={eight_billion}", code=2)
+    assumed = "80 GiB a GPU (assumed: no GPU is here, see --gpu-memory)"
+    assert f"verdict for 1 GPU: it does not fit, {assumed}" in text
+    assert f"error: on 1 GPU this run needs about 191.0 GiB on each, and there are {assumed}. What helps:\n" in text
+    assert "  GPUS=8 scripts/sft.sh .. hf_trainer.deepspeed=zero3: 56.6 GiB, fits\n" in text
+    assert "  hf_trainer.deepspeed=zero3_offload (slower; the CPU's memory holds the rest): " in text
+    assert "  train.lora.rank=64: " in text and "  data.max_length=8192: " in text
+    assert "train.gradient_checkpointing" not in text.partition("What helps")[2]  # it is on already
+    whole = (str(RECIPES / "sft.yaml"), f"model={eight_billion}", "hf_trainer.deepspeed=null", "--gpus", "8")
+    assert "on 8 GPUs this run needs about 205.0 GiB on each" in dry(*whole, code=2)
+    lora = dry(*whole[:3], "train.lora.rank=64")  # what it says helps does
+    assert "verdict for 1 GPU: it fits" in lora
+    assert f"parameters: {with_lora(EIGHT, 64).trained:,} trained, 8,767,123,696 frozen" in lora
+
+
+#: Of the real 8B model.
+EIGHT = Sizes(8_190_735_360, 576_388_336, 0, layers=36, hidden=4096, inner=12288, queries=4096, keys=1024, vocabulary=0)
 
 
 def test_a_dry_run_says_what_it_cannot_estimate(dry):
     text = dry(str(RECIPES / "sft.yaml"), "model=Qwen/Qwen3-VL-8B-Instruct")
-    assert "parameters and memory: not estimated, for want of the model's configuration: Qwen/Qwen3-VL-8B-" in text
+    said = "parameters, memory and whether it fits: not estimated, for want of the model's configuration: "
+    assert f"{said}Qwen/Qwen3-VL-8B-" in text
     assert "the hub did not give it" in text
     text = dry(str(RECIPES / "sft.yaml"))  # the folder of `future-l1 convert` is not there yet
     assert "not estimated" in text and "outputs/qwen3_vl_8b_latent" in text
@@ -264,7 +389,9 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(recipe, capsys):
     assert "unknown key `train.sed`" in refused(capsys, recipe(), "--dry-run", "train.sed=1")
     assert "zigzag" in refused(capsys, recipe(), "--dry-run", "train.schedule=zigzag")
     message = refused(capsys, recipe(), "--dry-run", "qwen_vl_finetune.deepspeed=zero7")
-    assert "expected one of zero2, zero3, zero2_offload, zero3_offload or a file, found zero7" in message
+    assert "expected one of zero2, zero3, zero2_offload, zero3_offload or the path of a JSON, found 'zero7'" in message
+    message = refused(capsys, recipe(), "--gpu-memory", "80")
+    assert "--gpu-memory belongs to --dry-run" in message
 
 
 # ---- its arithmetic -------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +15,18 @@ import torch
 from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.latent.channel import HEAD_NAME, latent_head
+from future_l1_plugin.latent.heads import build_head
 from future_l1_plugin.latent.tokens import TOKENS
-from future_l1_plugin.model import SYSTEM_PROMPT, LatentConfig, chat_template, convert, load, make_tiny, save
+from future_l1_plugin.model import (
+    SYSTEM_PROMPT,
+    LatentConfig,
+    chat_template,
+    checkpoint,
+    convert,
+    load,
+    make_tiny,
+    save,
+)
 from future_l1_plugin.model.config import RELEASED_ARCHITECTURES
 from future_l1_plugin.model.template import IMAGE, VIDEO
 
@@ -326,6 +338,53 @@ def test_missing_and_misfit_head_weights(base, converted, tmp_path):
     out = convert(base, tmp_path / "out", **keys)
     with pytest.raises(CheckpointError, match=r"(?s)out: .*SwigluHead do not fit config.json.*projection_hidden_dim"):
         load(out, projection_hidden_dim=16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed's ZeRO-3, which divides weights among processes as they are made
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_zero3_places_nothing_and_divides_the_head(base, tmp_path, monkeypatch):
+    """`.to` would move divided weights, and the rope's buffers, to where no GPU looks for them."""
+    path = convert(base, tmp_path / "out", use_projection_head=True, projection_head_type="lvr")
+    expected = latent_head(load(path)[0]).state_dict()
+    done = []
+
+    @contextmanager
+    def note(name, value):
+        done.append((name, "in", value))
+        yield
+        done.append((name, "out", value))
+
+    zero = SimpleNamespace(
+        Init=lambda config_dict_or_path: note("Init", config_dict_or_path),
+        GatheredParameters=lambda parameters, modifier_rank: note("Gathered", (len(parameters), modifier_rank)),
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    monkeypatch.setattr(checkpoint, "divided", lambda: True)
+    monkeypatch.setattr("transformers.integrations.deepspeed_config", lambda: {"stage": 3})
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *_, **__: pytest.fail("moved"))
+    monkeypatch.setattr(checkpoint, "build_head", lambda *shape: done.append("made") or build_head(*shape))
+    with pytest.raises(ConfigError, match=r"load: device='cpu' would move weights .* Pass device=None"):
+        load(path)
+    model, _ = load(path, device=None)
+    loaded = [("Gathered", "in", (6, 0)), ("Gathered", "out", (6, 0))]
+    assert done == [("Init", "in", {"stage": 3}), "made", ("Init", "out", {"stage": 3}), *loaded]
+    for name, value in latent_head(model).state_dict().items():
+        assert torch.equal(value, expected[name])
+    with checkpoint.gathered(model):  # what `final` is written within
+        assert done[-1] == ("Gathered", "in", (len(list(model.parameters())), None))
+
+
+def test_a_model_on_the_meta_device_has_no_weights_to_divide(base, monkeypatch):
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+    monkeypatch.setattr(checkpoint, "divided", lambda: True)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(base))
+        checkpoint.attach_head(model, LatentConfig(1, 2, 3, use_projection_head=True))
+    assert latent_head(model) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

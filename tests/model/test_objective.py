@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 
@@ -506,6 +507,12 @@ def test_two_ranks_with_unlike_records_do_not_wait_for_each_other(tiny_path, pro
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, tmp_path / "ranks.py", tiny_path, *files]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done") == 2
+    with (tmp_path / "said").open("w") as said:
+        ranks = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+    try:
+        code = ranks.wait(timeout=90)
+    finally:
+        if ranks.poll() is None:  # ranks that wait for each other: torchrun's death alone would not end them
+            os.killpg(ranks.pid, signal.SIGKILL)
+    said = (tmp_path / "said").read_text()
+    assert code == 0 and said.count("done") == 2, said[-3000:]

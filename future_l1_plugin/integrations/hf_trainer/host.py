@@ -1,10 +1,12 @@
-"""transformers.Trainer as the host of an SFT run, on one device or with one process a device."""
+"""transformers.Trainer as the host of an SFT run: one process a device, each with the whole model or its part of it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.sft.deepspeed import check_startable, configuration
 from future_l1_plugin.integrations.sft.host import checked, shared_arguments
+from future_l1_plugin.integrations.sft.memory import Sharding
 from future_l1_plugin.integrations.sft.recipe import LoraRecipe, SftRecipe
 
 if TYPE_CHECKING:
@@ -16,24 +18,35 @@ LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate
 
 
 class HfTrainer:
-    """See `sft.host.Host`. Each process holds the whole model."""
+    """See `sft.host.Host`.
+
+    Raises:
+        ConfigError: `hf_trainer.deepspeed` is no known name and no file.
+    """
 
     def __init__(self, recipe: SftRecipe) -> None:
         from transformers import __version__
 
-        sharding = recipe.qwen_vl_finetune.deepspeed
-        unused = f"; qwen_vl_finetune.deepspeed ({sharding}) is not used: each GPU holds everything" if sharding else ""
-        self.line = f"SFT on transformers.Trainer {__version__} (no qwen_vl_finetune.path is given{unused})"
+        asked = recipe.hf_trainer.deepspeed
+        self._deepspeed = configuration(asked, "hf_trainer.deepspeed") if asked else None
+        how = f"DeepSpeed {asked}" if asked else "each GPU holds everything"
+        self.line = f"SFT on transformers.Trainer {__version__}, {how} (no qwen_vl_finetune.path is given)"
 
     def arguments(self, recipe: SftRecipe, checkpoints: Path) -> "TrainingArguments":
         from transformers import TrainingArguments
 
         values = shared_arguments(recipe, checkpoints)
+        if recipe.hf_trainer.deepspeed:
+            check_startable("hf_trainer.deepspeed")
+            values["deepspeed"] = self._deepspeed
         try:
             arguments = TrainingArguments(**values)
         except ValueError as error:
             raise ConfigError(f"train: transformers refuses these settings: {error}") from error
-        return checked(arguments)
+        return checked(arguments, recipe.sharding_key)
+
+    def sharding(self) -> Sharding | None:
+        return Sharding.from_config(self._deepspeed) if self._deepspeed else None
 
     def prepare(self, model: "nn.Module", recipe: SftRecipe, arguments: "TrainingArguments") -> "nn.Module":
         """Vision tower and mergers stay as they are unless asked for; text decoder and lm_head learn (paper)."""

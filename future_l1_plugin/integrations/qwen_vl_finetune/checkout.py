@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from future_l1_plugin.errors import ConfigError, EnvironmentMismatch
+from future_l1_plugin.integrations.sft.deepspeed import NAMES
 from future_l1_plugin.patches.qwen_vl_finetune_functions import functions
 
 URL = "https://github.com/2U1/Qwen-VL-Series-Finetune"
@@ -46,7 +47,7 @@ READ = (
 ).split()
 #: What the functions of train_sft.py are made with; local_rank None is that file's own first value.
 _GLOBALS = {"local_rank": None}
-DEEPSPEED = ("zero2", "zero3", "zero2_offload", "zero3_offload")
+DEEPSPEED = tuple(NAMES)
 
 
 @dataclass(frozen=True)

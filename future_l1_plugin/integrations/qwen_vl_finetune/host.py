@@ -12,17 +12,17 @@ What its train_sft.py does between its public parts is done here, with these dif
 
 import ast
 import difflib
-import importlib.util
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from future_l1_plugin.errors import ConfigError, EnvironmentMismatch
+from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.qwen_vl_finetune.checkout import open_checkout
+from future_l1_plugin.integrations.sft.deepspeed import NO_FSDP, check_startable, read
 from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, shared_arguments
+from future_l1_plugin.integrations.sft.memory import Sharding
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ KEYS = RECIPE_KEYS | {
     "lora_alpha": "train.lora.alpha",
     "lora_dropout": "train.lora.dropout",
 }
-#: Flags that it has and that would change nothing, and why.
+#: Flags that it has and that would change nothing, or nothing good, and why.
 WITHOUT_EFFECT = {
     "use_liger": "it has no Liger kernels for Qwen3-VL",
     "bits": "a latent checkpoint is trained unquantised",
@@ -51,7 +51,7 @@ WITHOUT_EFFECT = {
     "use_dora": "it never reads this flag",
     "lora_weight_path": "it never reads this flag",
     "cache_dir": "it never reads this flag",
-}
+} | dict.fromkeys(("fsdp", "fsdp_config"), NO_FSDP.format(key="qwen_vl_finetune.deepspeed"))
 
 
 class QwenVlFinetune:
@@ -66,6 +66,8 @@ class QwenVlFinetune:
     def __init__(self, recipe: SftRecipe) -> None:
         self._checkout = open_checkout(recipe.qwen_vl_finetune.path)
         self._modules = self._checkout.modules()
+        asked = recipe.qwen_vl_finetune.deepspeed
+        self._config = read(self._checkout.deepspeed(asked), "qwen_vl_finetune.deepspeed") if asked else None
         self.line = f"SFT in Qwen-VL-Series-Finetune {self._checkout.version} at {self._checkout.path}"
         for flag in recipe.qwen_vl_finetune.arguments:
             self._check_flag(flag)
@@ -96,7 +98,8 @@ class QwenVlFinetune:
 
         values = {**shared_arguments(recipe, checkpoints), **_own_values(recipe), **recipe.qwen_vl_finetune.arguments}
         if recipe.qwen_vl_finetune.deepspeed:
-            values["deepspeed"] = self._deepspeed(recipe.qwen_vl_finetune.deepspeed)
+            check_startable("qwen_vl_finetune.deepspeed", self._checkout.pip("deepspeed"))
+            values["deepspeed"] = self._config
         try:
             (arguments,) = Parser(self._modules.arguments).parse_args_into_dataclasses(
                 args=[text for flag, value in values.items() for text in _spelled(flag, value)],
@@ -107,21 +110,10 @@ class QwenVlFinetune:
         except ValueError as error:
             raise ConfigError(f"train, qwen_vl_finetune: transformers refuses these settings: {error}") from error
         _check_flags_together(arguments)
-        return checked(arguments)
+        return checked(arguments, recipe.sharding_key)
 
-    def deepspeed_file(self, name: str) -> Path:
-        """What `qwen_vl_finetune.deepspeed` names. Raises ConfigError if it is neither a known name nor a file."""
-        return self._checkout.deepspeed(name)
-
-    def _deepspeed(self, name: str) -> dict[str, Any]:
-        config = json.loads(self.deepspeed_file(name).read_text(encoding="utf-8"))
-        if importlib.util.find_spec("deepspeed") is None:
-            raise EnvironmentMismatch(
-                f"qwen_vl_finetune.deepspeed: DeepSpeed is not installed.\n{self._checkout.pip('deepspeed')}"
-            )
-        if "RANK" not in os.environ:
-            raise ConfigError("qwen_vl_finetune.deepspeed: DeepSpeed needs torchrun. Start with scripts/sft.sh")
-        return {"gradient_clipping": "auto"} | config
+    def sharding(self) -> Sharding | None:
+        return Sharding.from_config(self._config) if self._config else None
 
     def prepare(self, model: "nn.Module", recipe: SftRecipe, arguments: "TrainingArguments") -> "nn.Module":
         """Freeze and adapt by its functions."""

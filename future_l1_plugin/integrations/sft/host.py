@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.sft.deepspeed import NO_FSDP
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
+
+    from future_l1_plugin.integrations.sft.memory import Sharding
 
 #: The arguments that recipe keys decide, and which key each of them is. A host takes no second value for them.
 RECIPE_KEYS = {
@@ -41,6 +44,7 @@ RECIPE_KEYS = {
     "dataloader_num_workers": "data.workers",
     "dataloader_persistent_workers": "data.workers",
     "remove_unused_columns": "data",
+    "ddp_find_unused_parameters": "latent",
     "use_cpu": "train.precision",
 }
 
@@ -53,6 +57,10 @@ class Host(Protocol):
 
     def arguments(self, recipe: SftRecipe, checkpoints: Path) -> "TrainingArguments":
         """The recipe in the host's words. Raises ConfigError for what the host or this machine refuse."""
+        ...
+
+    def sharding(self) -> "Sharding | None":
+        """What is divided over the GPUs; None: each holds everything."""
         ...
 
     def prepare(self, model: "nn.Module", recipe: SftRecipe, arguments: "TrainingArguments") -> "nn.Module":
@@ -119,15 +127,20 @@ def shared_arguments(recipe: SftRecipe, checkpoints: Path) -> dict[str, Any]:
         "dataloader_num_workers": recipe.data.workers,
         "dataloader_persistent_workers": recipe.data.workers > 0,
         "remove_unused_columns": False,
+        # All are used in every pass (`model.objective`). Looking for unused ones, DDP would take a latent head for one,
+        # because mu is no output of the model, and then fail at its gradients.
+        "ddp_find_unused_parameters": False,
         "use_cpu": not cuda,
     }
 
 
-def checked(arguments: "TrainingArguments") -> "TrainingArguments":
+def checked(arguments: "TrainingArguments", key: str) -> "TrainingArguments":
     """Raises ConfigError for a machine on which a run would not be what the recipe says."""
     if arguments.n_gpu > 1:  # Trainer would wrap the model in DataParallel, whose replicas no latent reaches
         raise ConfigError(
             f"one process sees {arguments.n_gpu} GPUs. Start one process a GPU (GPUS={arguments.n_gpu} scripts/sft.sh "
             "..), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
+    if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # `accelerate launch` says so
+        raise ConfigError(f"FSDP is on: {NO_FSDP.format(key=key)}, started by GPUS=8 scripts/sft.sh")
     return arguments

@@ -1,4 +1,4 @@
-"""Start the runs of an SFT recipe: scripts/sft.sh RECIPE [--dry-run] [key=value ..]
+"""Start the runs of an SFT recipe: scripts/sft.sh RECIPE [--dry-run [--gpu-memory GIB]] [key=value ..]
 
 One run is one command, `python -m future_l1_plugin.integrations.sft.run`, under torchrun if there are several GPUs or
 if DeepSpeed is asked for. A recipe with a `sweep` is several runs, one after the other; those that are done are passed
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.errors import ConfigError, UserError
+from future_l1_plugin.integrations.sft.deepspeed import check_installed
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
 RUN = "future_l1_plugin.integrations.sft.run"
@@ -31,8 +32,7 @@ class Job:
 
     def command(self, gpus: int | None) -> list[str]:
         """The command of this run. gpus None: one process, on whatever device there is."""
-        sharded = self.recipe.qwen_vl_finetune.path and self.recipe.qwen_vl_finetune.deepspeed
-        if gpus is None and not sharded:
+        if gpus is None and not self.recipe.deepspeed:
             return [sys.executable, "-m", RUN, self.file, *self.overrides]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus or 1)]
         return [sys.executable, *torchrun, "-m", RUN, self.file, *self.overrides]
@@ -87,15 +87,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/sft_micro.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. train.max_steps=20")
     parser.add_argument("--gpus", type=int, help="processes, one a GPU; scripts/sft.sh passes GPUS on")
+    parser.add_argument("--gpu-memory", type=float, help="GiB of a GPU, for a dry run; else the one here")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs; load no weights")
     arguments = parser.parse_intermixed_args(argv)
     try:
         runs = jobs(arguments.recipe, arguments.overrides)
         if not arguments.dry_run:
+            if arguments.gpu_memory is not None:
+                raise ConfigError("--gpu-memory belongs to --dry-run: a run asks the GPUs")
+            if runs[0].recipe.deepspeed and not runs[0].recipe.qwen_vl_finetune.path:
+                check_installed("hf_trainer.deepspeed")  # here, not in each of the processes
             return start(runs, arguments.gpus)
+        from future_l1_plugin.integrations.sft.fit import device_for_dry_run
         from future_l1_plugin.integrations.sft.plan import describe
 
-        print(describe(runs))
+        text, problem = describe(runs, arguments.gpus or 1, device_for_dry_run(arguments.gpu_memory))
+        print(text, flush=True)
+        if problem:
+            raise ConfigError(problem)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

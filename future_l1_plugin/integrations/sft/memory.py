@@ -4,7 +4,7 @@ Model states (weights, gradients, optimiser) under ZeRO follow DeepSpeed's own `
 and `estimate_zero3_..`, with frozen weights counted as weights only. Activations are a rough estimate of their own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,19 @@ def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None)
     if stage == 3:
         parts.append(Part("gathered", 2 * b * sizes.largest, f"{2 * b} x the largest module ({sizes.largest:,})"))
     return parts
+
+
+def with_lora(sizes: Sizes, rank: int) -> Sizes:
+    """The sizes of the model with LoRA of that rank on the text decoder's seven linear layers; the rest is frozen."""
+    h, i = sizes.hidden, sizes.inner
+    a_layer = 2 * (h + sizes.queries) + 2 * (h + sizes.keys) + 3 * (h + i)  # q, o; k, v; gate, up, down
+    return replace(sizes, trained=rank * a_layer * sizes.layers, frozen=sizes.trained + sizes.frozen)
+
+
+def a_checkpoint(sizes: Sizes, bf16: bool, sharding: Sharding | None) -> float:
+    """Bytes on disk of a checkpoint that a run resumes from: weights, two moments, under DeepSpeed float32 weights."""
+    b = 2 if bf16 and sharding is not None else 4
+    return b * (sizes.trained + sizes.frozen) + (8 if sharding is None else 12) * sizes.trained
 
 
 def activations(sizes: Sizes, tokens: int, bf16: bool, checkpointing: bool) -> list[Part]:

@@ -1,40 +1,47 @@
 """The dry run: what an SFT recipe would do and what it needs, said without loading weights.
 
-What cannot be told here, because a file or the hub is out of reach, is named with the reason.
+What cannot be told here, because a file or the hub is out of reach, is named with the reason. Whether a run fits is
+`integrations.sft.fit`'s to say.
 """
 
-import dataclasses
-import json
 import math
 import shlex
-from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
-from future_l1_plugin.errors import CheckpointError, ConfigError, UserError
+from future_l1_plugin.errors import CheckpointError, ConfigError, EnvironmentMismatch, UserError
+from future_l1_plugin.integrations.sft.deepspeed import check_installed
+from future_l1_plugin.integrations.sft.fit import Device, needs, problem
 from future_l1_plugin.integrations.sft.host import Host, host_of
 from future_l1_plugin.integrations.sft.launch import Job
-from future_l1_plugin.integrations.sft.memory import Part, Sharding, Sizes, activations, model_states
+from future_l1_plugin.integrations.sft.memory import Part, Sizes, a_checkpoint
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
-
-GPUS = (1, 8)
-#: What the names of `qwen_vl_finetune.deepspeed` stand for in the checkout's scripts/, for when there is no checkout.
-NAMED = {
-    "zero2": Sharding(2),
-    "zero3": Sharding(3),
-    "zero2_offload": Sharding(2, offload_optimizer=True),
-    "zero3_offload": Sharding(3, offload_optimizer=True, offload_weights=True),
-}
+from future_l1_plugin.integrations.sft.sizes import model_sizes
 
 
-def describe(jobs: list[Job]) -> str:
-    """All that a dry run prints. Raises ConfigError or EnvironmentMismatch for what no run would start with."""
+def describe(jobs: list[Job], gpus: int, device: Device) -> tuple[str, str]:
+    """(all that a dry run prints, why the run would not fit on `gpus` GPUs or an empty string).
+
+    Raises ConfigError or EnvironmentMismatch for what no run would start with.
+    """
     first = jobs[0]
     host = host_of(first.recipe)
-    parts = [f"dry run. {host.line}", _recipe(jobs), _commands(first)]
-    parts += [_steps(first.recipe), *_needs(first.recipe, host)]
-    return "\n\n".join(parts)
+    columns = sorted({1, 8, gpus})
+    parts = [f"dry run. {host.line}", _recipe(jobs), _commands(first, columns), _steps(first.recipe, columns)]
+    if first.recipe.deepspeed:
+        try:
+            check_installed(first.recipe.sharding_key)
+        except EnvironmentMismatch as error:
+            parts.append(f"not ready: {error}")
+    try:
+        sizes = model_sizes(first.recipe, host)
+    except CheckpointError as error:
+        why = "parameters, memory and whether it fits: not estimated, for want of the model's configuration"
+        return "\n\n".join([*parts, f"{why}: {error}"]), ""
+    found = problem(first.recipe, host.sharding(), sizes, gpus, _bf16(first.recipe), device)
+    parts += _memory(first.recipe, host, sizes, columns, device)
+    parts.append(f"verdict for {_gpus(gpus)}: {'it does not fit' if found else 'it fits'}, {device.said}")
+    return "\n\n".join(parts), found
 
 
 def _recipe(jobs: list[Job]) -> str:
@@ -45,12 +52,12 @@ def _recipe(jobs: list[Job]) -> str:
     return f"sweep of {len(jobs)} runs, one after the other:\n{names}\n\nresolved recipe of the first:\n{text}"
 
 
-def _commands(job: Job) -> str:
-    lines = [f"  {_gpus(n)}: {shlex.join(job.command(n if n > 1 else None))}" for n in GPUS]
-    return "command (GPUS=8 scripts/sft.sh starts the second):\n" + "\n".join(lines)
+def _commands(job: Job, columns: list[int]) -> str:
+    lines = [f"  {_gpus(n)}: {shlex.join(job.command(n if n > 1 else None))}" for n in columns]
+    return "command (GPUS=8 scripts/sft.sh starts the one for 8):\n" + "\n".join(lines)
 
 
-def _steps(recipe: SftRecipe) -> str:
+def _steps(recipe: SftRecipe, columns: list[int]) -> str:
     from future_l1_plugin.data.records import load_records
 
     try:
@@ -59,7 +66,7 @@ def _steps(recipe: SftRecipe) -> str:
         steps = f", of {recipe.train.max_steps} steps" if recipe.train.max_steps > 0 else ""
         return f"steps: {recipe.train.batch_size} samples a step{steps}; records not counted: {error}"
     lines = [f"steps: {len(data):,} records, {recipe.train.batch_size} samples a step"]
-    for n in GPUS:
+    for n in columns:
         try:
             passes = recipe.accumulation(n)
         except ConfigError as error:
@@ -73,107 +80,34 @@ def _steps(recipe: SftRecipe) -> str:
     return "\n".join(lines)
 
 
-def _needs(recipe: SftRecipe, host: Host) -> list[str]:
-    """Parameters and memory, or why they cannot be told."""
-    try:
-        sizes = model_sizes(recipe, host)
-    except CheckpointError as error:
-        return [f"parameters and memory: not estimated, for want of the model's configuration: {error}"]
-    counts = f"parameters: {sizes.trained:,} trained, {sizes.frozen:,} frozen"
-    bf16 = recipe.train.precision != "fp32"
+def _memory(recipe: SftRecipe, host: Host, sizes: Sizes, columns: list[int], device: Device) -> list[str]:
+    """Parameters, memory for each number of GPUs, and disk."""
+    bf16, sharding = _bf16(recipe), host.sharding()
     precision = "bf16" if bf16 else "fp32"
     if recipe.train.precision == "auto":
         precision += " (train.precision is auto; a GPU that has it)"
-    asked = recipe.qwen_vl_finetune
-    tables = [f"memory a GPU, estimated for {precision}:"]
-    if not asked.path:
-        tables.append(_table("transformers.Trainer, each GPU holds everything", recipe, sizes, bf16, None))
-    if asked.deepspeed:
-        where = asked.deepspeed if asked.path else f"{asked.deepspeed}, if qwen_vl_finetune.path named a checkout"
-        sharding = _sharding(recipe, host)
-        tables.append(_table(f"DeepSpeed {where}", recipe, sizes, bf16, sharding))
-    elif asked.path:
-        tables.append(_table("QwenSFTTrainer, each GPU holds everything", recipe, sizes, bf16, None))
-    return [counts, *tables]
-
-
-def model_sizes(recipe: SftRecipe, host: Host) -> Sizes:
-    """Sizes of the recipe's model, frozen and adapted as its host would, from the checkpoint's config.json alone.
-
-    Raises CheckpointError: the configuration can be had neither here nor from the hub.
-    """
-    import torch
-    from transformers import Qwen3VLForConditionalGeneration
-
-    from future_l1_plugin.model.checkpoint import attach_head
-    from future_l1_plugin.model.config import LatentConfig
-
-    config = _config(recipe.model)
-    latent = LatentConfig.from_hf(config)
-    arguments = host.arguments(_unsharded(recipe), Path(recipe.output) / "checkpoints")
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config)
-        attach_head(model, latent)
-        model = host.prepare(model, recipe, arguments)
-    own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
-    text = config.text_config
-    return Sizes(
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        largest=max(own),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        inner=text.intermediate_size,
-        queries=text.num_attention_heads * text.head_dim,
-        keys=text.num_key_value_heads * text.head_dim,
-        vocabulary=text.vocab_size,
-    )
-
-
-def _config(path: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: no such folder here, and the hub did not give it ({said})") from error
-    if config.model_type != "qwen3_vl":
-        raise CheckpointError(f"{path}: expected model_type 'qwen3_vl', found {config.model_type!r}")
-    return config
-
-
-def _unsharded(recipe: SftRecipe) -> SftRecipe:
-    """Arguments under DeepSpeed would start its communication, for which a dry run has no partners."""
-    return dataclasses.replace(recipe, qwen_vl_finetune=dataclasses.replace(recipe.qwen_vl_finetune, deepspeed=None))
-
-
-def _sharding(recipe: SftRecipe, host: Host) -> Sharding:
-    asked = recipe.qwen_vl_finetune
-    if asked.path:
-        file = host.deepspeed_file(asked.deepspeed)
-    elif asked.deepspeed in NAMED:
-        return NAMED[asked.deepspeed]
-    else:
-        file = Path(asked.deepspeed)
-        if not file.is_file():
-            raise ConfigError(f"qwen_vl_finetune.deepspeed: expected one of {', '.join(NAMED)} or a file, found {file}")
-    return Sharding.from_config(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _table(title: str, recipe: SftRecipe, sizes: Sizes, bf16: bool, sharding: Sharding | None) -> str:
-    """Model states for each number of GPUs, activations, and their sums."""
-    train, tokens = recipe.train, recipe.train.micro_batch_size * recipe.data.max_length
-    lines = [f"{title}"]
-    states = [model_states(sizes, n, bf16, sharding) for n in GPUS]
-    passing = activations(sizes, tokens, bf16, train.gradient_checkpointing)
-    for n, parts in zip(GPUS, states, strict=True):
-        lines += [f"  {_gpus(n)}", *map(_line, parts)]
-        lines.append(_line(Part("model states", _sum(parts), "the sum")))
-    lines += [f"  activations, the most that data.max_length ({recipe.data.max_length:,} tokens) allows"]
+    how = f"DeepSpeed {recipe.deepspeed}" if sharding else f"each GPU holds everything ({recipe.sharding_key} is null)"
+    lines = [f"memory a GPU, estimated for {precision}; {how}:"]
+    sums = []
+    for n in columns:
+        states, passing = needs(recipe, sharding, sizes, n, bf16)
+        lines += [f"  {_gpus(n)}", *map(_line, states), _line(Part("model states", _sum(states), "the sum"))]
+        sums.append(f"{_gpus(n)} {_gib(_sum(states) + _sum(passing))}")
+    lines.append(f"  activations, the most that data.max_length ({recipe.data.max_length:,} tokens) allows")
     lines += map(_line, passing)
-    sums = [f"{_gpus(n)} {_gib(_sum(parts) + _sum(passing))}" for n, parts in zip(GPUS, states, strict=True)]
-    return "\n".join([*lines, f"  in all: {', '.join(sums)}, without CUDA's own and the vision tower's activations"])
+    lines.append(f"  in all: {', '.join(sums)}, without CUDA's own and the vision tower's activations")
+    parts = [f"parameters: {sizes.trained:,} trained, {sizes.frozen:,} frozen", "\n".join(lines)]
+    if recipe.log.save_every:
+        each, keep = a_checkpoint(sizes, bf16, sharding), recipe.log.keep
+        parts.append(
+            f"disk: about {_gib(each)} a checkpoint, every {recipe.log.save_every:,} steps; log.keep={keep} and one "
+            f"that is being written: {_gib((keep + 1) * each)}"
+        )
+    return parts
+
+
+def _bf16(recipe: SftRecipe) -> bool:
+    return recipe.train.precision != "fp32"
 
 
 def _sum(parts: list[Part]) -> float:

@@ -4,9 +4,11 @@
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.sft.deepspeed import NAMES, NO_FSDP
 from future_l1_plugin.model.config import LOSSES
 
 
@@ -68,6 +70,7 @@ class TrainRecipe:
     train_vision: bool = False  # vision tower and mergers; frozen in the paper
     attn_implementation: str | None = None
     seed: int = 0
+    check_memory: bool = True  # refuse to start where the estimate exceeds the GPU's memory
     lora: LoraRecipe = field(default_factory=LoraRecipe)
 
 
@@ -81,6 +84,14 @@ class LogRecipe:
     save_every: int = 500  # steps; 0 = at the end only
     keep: int = 2  # checkpoints kept for resuming
     resume: bool = True  # go on from the newest checkpoint in `output`
+
+
+@dataclass
+class HfTrainerRecipe:
+    """What transformers.Trainer divides over the GPUs, where no checkout is named."""
+
+    deepspeed: str | None = None  # zero2 | zero3 | zero2_offload | zero3_offload, or a path; null = nothing
+    fsdp: str | None = None  # refused, with the reason; here so that whoever looks for it finds it
 
 
 @dataclass
@@ -111,6 +122,7 @@ class SftRecipe:
     latent: LatentRecipe = field(default_factory=LatentRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
+    hf_trainer: HfTrainerRecipe = field(default_factory=HfTrainerRecipe)
     qwen_vl_finetune: QwenVlFinetuneRecipe = field(default_factory=QwenVlFinetuneRecipe)
     sweep: SweepRecipe = field(default_factory=SweepRecipe)
 
@@ -142,6 +154,14 @@ class SftRecipe:
             raise ConfigError(
                 "train.train_vision: LoRA trains the text decoder only. Set it to false, or lora.rank to 0"
             )
+        for section in ("hf_trainer", "qwen_vl_finetune"):
+            value = getattr(self, section).deepspeed
+            if value is not None and value not in NAMES and not Path(value).suffix:
+                raise ConfigError(
+                    f"{section}.deepspeed: expected one of {', '.join(NAMES)} or the path of a JSON, found {value!r}"
+                )
+        if self.hf_trainer.fsdp is not None:
+            raise ConfigError(f"hf_trainer.fsdp: {NO_FSDP.format(key='hf_trainer.deepspeed')}, and set fsdp to null")
         host = self.qwen_vl_finetune
         if host.arguments and not host.path:
             raise ConfigError(
@@ -150,6 +170,16 @@ class SftRecipe:
             )
         if (self.sweep.key is None) != (not self.sweep.values):
             raise ConfigError("sweep: expected both key and values, or neither")
+
+    @property
+    def sharding_key(self) -> str:
+        """The key that says what is divided over the GPUs in the host where this recipe trains."""
+        return f"{'qwen_vl_finetune' if self.qwen_vl_finetune.path else 'hf_trainer'}.deepspeed"
+
+    @property
+    def deepspeed(self) -> str | None:
+        """The value of `sharding_key`."""
+        return (self.qwen_vl_finetune if self.qwen_vl_finetune.path else self.hf_trainer).deepspeed
 
     def accumulation(self, devices: int) -> int:
         """Forward passes an optimiser step on each device."""

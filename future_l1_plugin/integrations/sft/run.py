@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from future_l1_plugin.compat import require_attention
 from future_l1_plugin.config import load_recipe, save_recipe
-from future_l1_plugin.errors import ConfigError, DataError, UserError
+from future_l1_plugin.errors import ConfigError, UserError
+from future_l1_plugin.integrations.sft import fit
 from future_l1_plugin.integrations.sft.host import host_of
 from future_l1_plugin.integrations.sft.recipe import LatentRecipe, SftRecipe
 
@@ -30,8 +31,9 @@ def run(recipe: SftRecipe) -> Path:
     from transformers.trainer_utils import get_last_checkpoint
 
     from future_l1_plugin.data.sft import SftCollator, SftDataset
-    from future_l1_plugin.integrations.sft.trainer import JsonlLog, save_final, whole_weights
+    from future_l1_plugin.integrations.sft.trainer import JsonlLog, save_final
     from future_l1_plugin.model import load
+    from future_l1_plugin.model.checkpoint import divided, gathered
     from future_l1_plugin.model.config import LatentConfig
     from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents
 
@@ -52,9 +54,14 @@ def run(recipe: SftRecipe) -> Path:
         print(f"{final} is there already: nothing to do (log.resume=false trains anew)")
         return final
     set_seed(train.seed)
+    fit.check(recipe, host, arguments.world_size, arguments.bf16, arguments)
     data = _records(recipe)
     model, processor = load(
-        recipe.model, dtype=torch.float32, attn_implementation=train.attn_implementation, **latent_keys(recipe.latent)
+        recipe.model,
+        device=None if divided() else "cpu",  # the trainer places it
+        dtype=torch.float32,
+        attn_implementation=train.attn_implementation,
+        **latent_keys(recipe.latent),
     )
     latent = LatentConfig.from_hf(model.config)
     own = OwnLatents(recipe.latent.own_share, recipe.latent.own_passes, recipe.latent.own_mean_cosine)
@@ -82,7 +89,7 @@ def run(recipe: SftRecipe) -> Path:
         print(f"resuming from {newest}")
     trainer.train(resume_from_checkpoint=newest)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    with whole_weights(model):
+    with gathered(model):
         if trainer.is_world_process_zero():
             save_final(model, processor, final)
     return final
@@ -102,26 +109,17 @@ def latent_keys(latent: LatentRecipe) -> dict[str, Any]:
 def _records(recipe: SftRecipe) -> "Records":
     """The records that can be trained on; what was left out is told.
 
-    Raises DataError: bad records under `on_bad: raise`, or records that ZeRO-3 would hang on.
+    Raises DataError: bad records under `on_bad: raise`, or no good one.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
     from future_l1_plugin.data.records import load_records
     from future_l1_plugin.data.sft import check_records
 
     data = load_records(recipe.data.records, video_root=recipe.data.videos or None, on_bad=recipe.data.on_bad)
-    data = check_records(data, on_bad=recipe.data.on_bad)
+    data = check_records(data, recipe.data.on_bad, recipe.data.question_media)
     for bad in data.bad[:10]:
         print(f"left out: {bad.source} {bad.id}: {bad.reason}", file=sys.stderr)
     if data.bad:
         print(f"left out {len(data.bad)} of {len(data.bad) + len(data)} records", file=sys.stderr)
-    without = [record.id for record in data if not record.reasoning_image]
-    if is_deepspeed_zero3_enabled() and recipe.data.spans and 0 < len(without) < len(data):
-        # A micro batch of them alone runs the vision tower once, the others twice: ranks would wait for each other.
-        raise DataError(
-            f"record {without[0]} and {len(without) - 1} more of {len(data)} have no future frame. Under ZeRO-3 all "
-            "records must have some, or none. Leave them out, or use zero2."
-        )
     return data
 
 
@@ -141,10 +139,11 @@ def _check_same_run(recipe: SftRecipe, saved: Path) -> None:
     if not saved.exists():
         return
     before = load_recipe(saved, SftRecipe)
+    free = ("workers", "cache_mb", "check_memory")
     pairs = [("model", before.model, recipe.model)]
-    for name in ("data", "latent", "train", "qwen_vl_finetune"):
+    for name in ("data", "latent", "train", "hf_trainer", "qwen_vl_finetune"):
         old, new = vars(getattr(before, name)), vars(getattr(recipe, name))
-        pairs += [(f"{name}.{key}", old[key], new[key]) for key in new if key not in ("workers", "cache_mb")]
+        pairs += [(f"{name}.{key}", old[key], new[key]) for key in new if key not in free]
     paths = ("model", "data.records", "data.videos", "qwen_vl_finetune.path")
     changed = [
         f"{key}: {old} -> {new}"

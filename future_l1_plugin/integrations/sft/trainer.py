@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from future_l1_plugin.model.checkpoint import save
 from future_l1_plugin.model.config import LatentConfig
@@ -79,18 +76,6 @@ class JsonlLog(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-@contextmanager
-def whole_weights(model: Any) -> Iterator[None]:
-    """Under ZeRO-3 a process holds a part of each weight; within, it holds them whole. Every process must enter."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    from deepspeed import zero
-
-    with zero.GatheredParameters(list(model.parameters())):
-        yield
 
 
 def save_final(model: Any, processor: Any, path: Path) -> None:
