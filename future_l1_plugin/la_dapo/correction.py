@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.la_dapo.policy_loss import MAX_LOG_RATIO
@@ -92,3 +93,12 @@ def correction_weights(
     if settings.normalize and mean > 1e-8:  # else all of them were cut: left as they are
         weights = weights / mean
     return weights, {"mean": float(mean), "truncated": float(changed[mask].to(dtype).mean())}
+
+
+def angle_between(mu: Tensor, other: Tensor) -> Tensor:
+    """Radians between two means, (N, H) each, floating: how far rollout and actor disagree on where a latent belongs.
+
+    Returns float32 (N,), in [0, pi], exact for small angles (arccos would not see one below 3e-4 in float32).
+    """
+    mu, other = (normalize(mean.detach().float(), dim=1) for mean in (mu, other))
+    return 2 * torch.atan2((mu - other).norm(dim=1), (mu + other).norm(dim=1))

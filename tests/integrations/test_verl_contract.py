@@ -44,6 +44,7 @@ SEAMS = [
     (FSDPEngineWithLMHead.forward_backward_batch, "self, data, loss_function, forward_only"),
     (FSDPEngineWithLMHead._build_module, "self"),
     (FSDPEngineWithLMHead._build_fsdp_module, "self, module"),
+    (FSDPEngineWithLMHead.get_per_tensor_param, "self, layered_summon, base_sync_done, kwargs"),
     (FSDPEngineWithLMHead._merged_lora_per_tensor_param, "self"),
     (FSDPEngineWithLMHead.optimizer_step, "self"),
     (TrainingWorker.train_mini_batch, "self, data"),

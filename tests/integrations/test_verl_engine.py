@@ -8,20 +8,34 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
 pytest.importorskip("verl")
 
+from torch.distributed.tensor import DTensor
 from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.tokenizer import hf_processor
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.integrations.verl.batch import rows, with_ragged_positions
-from future_l1_plugin.integrations.verl.engine import LATENT, MU, RETURN_MU, LatentEngine, latent_settings
+from future_l1_plugin.integrations.verl.correction import WEIGHTS
+from future_l1_plugin.integrations.verl.engine import (
+    ANGLE,
+    LATENT,
+    MU,
+    RETURN_ANGLE,
+    RETURN_MU,
+    ROLLOUT_MU,
+    LatentEngine,
+    latent_settings,
+)
 from future_l1_plugin.integrations.verl.loss import loss_function
+from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, continue_log_prob, latent_kl, latent_log_prob, policy_loss
 from future_l1_plugin.latent import LatentChannel, build_policy
 from future_l1_plugin.model import LatentConfig, generate, load, make_tiny
@@ -174,18 +188,18 @@ def as_batch(path, model, found):
     return batch
 
 
-def make_engine(path, packed=False, **settings):
+def make_engine(path, packed=False, model=None, **settings):
     model = HFModelConfig(
         path=str(path),
         use_remove_padding=packed,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
+        **(model or {}),
     )
     config = FSDPEngineConfig(
         strategy="fsdp2",
         use_torch_compile=False,
-        mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
-        **settings,
+        **{"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, **settings},
     )
     engine = LatentEngine(
         model_config=model,
@@ -224,6 +238,26 @@ def test_log_probs_are_those_of_the_rollout(rollout, packed):
         chosen = ~out.forced[0] | (out.responses[0] == model.config.latent_id)
         torch.testing.assert_close(got[chosen], expected_log_probs(out, model)[chosen], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(mu, out.means[0].float(), atol=2e-5, rtol=1e-4)
+
+
+def test_the_angle_between_the_rollout_s_mean_and_the_actor_s(rollout):
+    """The actor computes what the rollout did; turned by 0.01 and 0.5 rad, its means are told to be that far off."""
+    path, model, found = rollout
+    engine, angles, means = make_engine(path), [], []
+    batch = as_batch(path, model, found)
+    for i, (_, out) in enumerate(found):
+        mu = out.means[0].double()
+        aside = torch.randn(mu.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        aside -= (aside * mu).sum(1, keepdim=True) / mu.square().sum(1, keepdim=True) * mu
+        aside *= mu.norm(dim=1, keepdim=True) / aside.norm(dim=1, keepdim=True)
+        angles.append(torch.tensor([0.0, 0.01, 0.5]).repeat(len(mu))[: len(mu), None])
+        means.append((mu * angles[-1].cos() + aside * angles[-1].sin()).float() * 3)  # lengths do not matter
+    batch[ROLLOUT_MU] = torch.nested.as_nested_tensor(means, layout=torch.jagged)
+    tu.assign_non_tensor(batch, use_remove_padding=False, **{RETURN_ANGLE: True})
+    with engine.eval_mode():
+        found_angles = rows(engine.infer_batch(batch)["model_output"][ANGLE])
+    for got, expected in zip(found_angles, angles, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
 
 
 def trainable(batch, found, model):
@@ -272,6 +306,7 @@ def plain_loss(model, found, batch, settings):
     latent = mask.bool() & (ids == config.latent_id)
     text = mask.bool() & ~latent
     values, kl = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*padded, strict=True))
+    weights = batch[WEIGHTS].to_padded_tensor(0) if WEIGHTS in batch else None
     loss, _, _ = policy_loss(
         settings,
         values,
@@ -283,15 +318,21 @@ def plain_loss(model, found, batch, settings):
         int(latent.sum()),
         ref_log_prob=columns["ref_log_prob"],
         latent_kl=kl,
+        weights=weights,
     )
     return loss
 
 
+@pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed):
+def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed, corrected):
     path, model, found = rollout
     settings = LaDapoLoss(kl_weight=0.05, latent_kl_weight=0.2, clip_high=0.1)
     batch = trainable(as_batch(path, model, found), found, model)
+    if corrected:
+        drawn = torch.Generator().manual_seed(7)
+        weights = [2 * torch.rand(row.shape, generator=drawn) for row in rows(batch["responses"])]
+        batch[WEIGHTS] = torch.nested.as_nested_tensor(weights, layout=torch.jagged)
     with stock_forward():
         model.zero_grad()
         expected = plain_loss(model, found, batch, settings)
@@ -300,7 +341,7 @@ def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed):
     # Micro-batches of one sample or two; a response or more has no span.
     tu.assign_non_tensor(batch, use_remove_padding=packed, max_token_len_per_gpu=120)
     with engine.train_mode():
-        result = engine.forward_backward_batch(batch, loss_function(settings, model.config.latent_id))
+        result = engine.forward_backward_batch(batch, loss_function(settings, model.config.latent_id, corrected))
         ours = {n: None if p.grad is None else p.grad.full_tensor() for n, p in engine.module.named_parameters()}
     assert len(result["loss"]) > 1
     assert sum(result["loss"]) == pytest.approx(float(expected), abs=1e-5)
@@ -308,6 +349,96 @@ def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed):
         theirs = torch.zeros_like(value) if value.grad is None else value.grad
         got = torch.zeros_like(value) if ours[name] is None else ours[name]
         torch.testing.assert_close(got, theirs, atol=2e-6, rtol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def peak_memory(run):
+    """Bytes allocated by torch at the worst moment of a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_choice_to_go_on_costs_no_second_gradient_of_the_logits(rollouts, packed):
+    path, model, found = rollouts["own_budget"]
+    engine, vocabulary = make_engine(path, packed), 4000
+    batch = as_batch(path, model, found)
+    tu.assign_non_tensor(batch, use_remove_padding=packed, calculate_entropy=False)
+    count = sum(len(out.latents[0]) for _, out in found)
+    mu = torch.randn(count, model.config.text_config.hidden_size, requires_grad=True)
+    engine._channel = types.SimpleNamespace(feed=lambda *a, **k: None, mu=mu)
+    inputs, arguments = engine.prepare_model_inputs(batch)
+    hidden = torch.randn(*inputs["input_ids"].shape, 8, requires_grad=True)
+    weight = torch.randn(8, vocabulary)
+
+    def log_probs():
+        output = types.SimpleNamespace(logits=hidden @ weight)
+        return engine.prepare_model_outputs(output, arguments, batch, None)["log_probs"].values().sum()
+
+    with_choice = peak_memory(lambda: log_probs().backward())
+    engine.latent.fixed_latent_budget = True
+    without = peak_memory(lambda: log_probs().backward())
+    assert with_choice - without < 0.5 * 4 * hidden[..., 0].numel() * vocabulary
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_weights_are_cast_before_they_are_gathered(rollouts, dtype, lora, monkeypatch):
+    adapters = {"lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora": {"merge": True}}
+    engine = make_engine(rollouts["fixed_budget_and_head"][0], model=adapters if lora else {})
+    if lora:
+        for name, parameter in engine.module.named_parameters():
+            if "lora_B" in name:  # zero at the start: nothing would be merged
+                torch.nn.init.constant_(parameter, 0.01)
+    gathered, gather = [], DTensor.full_tensor
+
+    def full_tensor(self, **kwargs):
+        gathered.append(self.dtype)
+        return gather(self, **kwargs)
+
+    weights = {name: value.clone() for name, value in engine.get_per_tensor_param()[0]}
+    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
+    engine.sync_dtype = dtype
+    synced = {name: value.clone() for name, value in engine.get_per_tensor_param()[0]}
+    assert set(gathered) == {dtype or torch.float32}
+    assert synced.keys() == weights.keys() and all(value.dtype == torch.float32 for value in weights.values())
+    for name, value in weights.items():
+        assert torch.equal(synced[name], value.to(dtype or torch.float32)), name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", None)]
+)
+def test_weights_are_synced_in_the_rollout_s_dtype(given, expected, monkeypatch):
+    worker = object.__new__(LatentWorker)
+    worker.role, worker.actor = "actor_rollout", types.SimpleNamespace(engine=types.SimpleNamespace())
+    worker.config = OmegaConf.create({"actor": {}, "model": {}, "rollout": {"dtype": given}})
+    monkeypatch.setattr(ActorRolloutRefWorker, "init_model", lambda self: None)
+    worker.init_model()
+    assert worker.actor.engine.sync_dtype is {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(given)
+
+
+def test_a_reference_in_bfloat16_computes_what_one_in_float32_does(rollouts):
+    """The forward pass is in bfloat16 in any case: `ref.fsdp_config.model_dtype=bf16` only halves the weights."""
+    path, model, found = rollouts["fixed_budget_and_head"]
+    results = []
+    for dtype in ("fp32", "bf16"):
+        engine = make_engine(path, forward_only=True, model_dtype=dtype, mixed_precision={"param_dtype": "bf16"})
+        assert {parameter.dtype for parameter in engine.module.parameters()} == {
+            {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        }
+        batch = as_batch(path, model, found)
+        tu.assign_non_tensor(batch, use_remove_padding=False)
+        with engine.eval_mode():
+            output = engine.infer_batch(batch)["model_output"]
+        results.append((output["log_probs"].values(), output[MU].values()))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("cut", ["a latent", "an id"])

@@ -11,11 +11,13 @@ from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from future_l1_plugin.integrations.rl.samples import group_rewards
+from future_l1_plugin.integrations.verl.correction import weights_of
 from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, whole_groups
-from future_l1_plugin.integrations.verl.metrics import log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.metrics import angle_gaps, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.reward import DROPPED, last_token
 from future_l1_plugin.integrations.verl.settings import GroupsSection
+from future_l1_plugin.la_dapo import RolloutCorrection
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards import RewardSet, Sample
 
@@ -269,7 +271,41 @@ def test_log_prob_gaps_by_hand():
     actor = [torch.tensor([-1.5, 5.0, -9.0]), torch.tensor([3.5])]
     assert log_prob_gaps(responses, masks, rollout, actor, TOKENS) == {
         "rollout_gap/text_mean": 0.5,
+        "rollout_gap/text_p50": 0.5,
+        "rollout_gap/text_p99": 0.5,
         "rollout_gap/text_max": 0.5,
         "rollout_gap/latent_mean": 0.25,
+        "rollout_gap/latent_p50": 0.0,
+        "rollout_gap/latent_p99": 0.5,
         "rollout_gap/latent_max": 0.5,
     }
+
+
+def test_gaps_have_quantiles_and_angles():
+    """A hundred and one tokens that differ by 0, 1, .. 100 nats; the same as angles, in two rows."""
+    values = torch.arange(101.0)[torch.randperm(101, generator=torch.Generator().manual_seed(0))]
+    expected = {"mean": 50.0, "p50": 50.0, "p99": 99.0, "max": 100.0}
+    ones = torch.ones(101).long()
+    gaps = log_prob_gaps([ones], [ones], [values], [torch.zeros(101)], TOKENS)
+    assert gaps == {f"rollout_gap/text_{key}": value for key, value in expected.items()}
+    angles = angle_gaps([values[:40, None], torch.zeros(0, 1), values[40:, None]])
+    assert angles == {f"rollout_gap/angle_{key}": value for key, value in expected.items()}
+    assert angle_gaps([torch.zeros(0, 1)]) == {}
+
+
+def test_weights_of_text_and_latents_by_hand():
+    """p_actor / p_rollout of a text, a latent, a forced marker and another latent: 2, e, -, 1/2, cut at 2."""
+    responses = [torch.tensor([1, 7, 9]), torch.tensor([7])]
+    masks = [torch.tensor([1, 1, 0]), torch.tensor([1])]
+    rollout = [torch.tensor([-1.0, 1000.0, 0.0]).double(), torch.tensor([3.0]).double()]
+    actor = [rollout[0] + torch.tensor([2.0, 2.718281828, 1.0]).log(), rollout[1] + torch.tensor([0.5]).log()]
+    weights, metrics = weights_of(RolloutCorrection(upper=2.1), responses, masks, rollout, actor, TOKENS)
+    assert [row.tolist() for row in weights] == [pytest.approx([2.0, 2.1, 0.0]), pytest.approx([0.5])]
+    assert metrics == pytest.approx(
+        {
+            "rollout_correction/text_mean": 2.0,
+            "rollout_correction/text_truncated": 0.0,
+            "rollout_correction/latent_mean": 1.3,
+            "rollout_correction/latent_truncated": 0.5,
+        }
+    )

@@ -18,6 +18,7 @@ from verl.utils.config import validate_config
 from future_l1_plugin.errors import ConfigError, EnvironmentMismatch
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.settings import _SECTIONS, Settings
+from future_l1_plugin.la_dapo import RolloutCorrection
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ABLATIONS = ("grpo", "dapo", "dapo_ctr", "dapo_div", "text_only")
@@ -92,6 +93,29 @@ def test_we_know_every_section_of_verl():
         Settings.from_config(recipe("la_dapo_micro", "+latnt.weight=1"))
 
 
+def test_the_reference_is_held_in_the_dtype_it_computes_in():
+    for name, dtype in (("la_dapo", "bf16"), ("la_dapo_micro", "fp32")):
+        reference = recipe(name).actor_rollout_ref.ref.fsdp_config
+        assert reference.model_dtype == dtype
+        assert (reference.get("mixed_precision") or {}).get("param_dtype", "bf16") == dtype
+
+
+def correction(keys):
+    return f"algorithm.rollout_correction={{{keys}}}"
+
+
+def test_rollouts_are_corrected_where_engines_compute_in_bfloat16():
+    config = recipe("la_dapo")
+    assert config.actor_rollout_ref.rollout.dtype == "bfloat16"
+    assert Settings.from_config(config).correction == RolloutCorrection(upper=2.0)
+    config = recipe("la_dapo_micro")
+    assert config.actor_rollout_ref.rollout.dtype == "float32"
+    assert Settings.from_config(config).correction is None
+    given = correction("rollout_is: token, rollout_is_threshold: 0.5_5.0, rollout_is_batch_normalize: true")
+    assert Settings.from_config(recipe("la_dapo_micro", given)).correction == RolloutCorrection(5.0, 0.5, True)
+    assert Settings.from_config(recipe("la_dapo_micro", correction("rollout_is: null"))).correction is None
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -117,6 +141,20 @@ def test_we_know_every_section_of_verl():
         ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge: latents need True"),
         ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels: latents need False"),
         ("algorithm.use_kl_in_reward=true", "use_kl_in_reward: latents need False"),
+        (correction("rollout_is: sequence"), "rollout_correction.rollout_is: expected token or null, found sequence"),
+        (
+            correction("rollout_is: token, bypass_mode: true"),
+            "rollout_correction.bypass_mode: expected false, found True",
+        ),
+        (correction("rollout_rs: token_k1"), "rollout_correction.rollout_rs: expected null, found token_k1. It would"),
+        (correction("rollout_rs_threshold: 2"), "rollout_correction.rollout_rs_threshold: expected null, found 2"),
+        (correction("loss_type: reinforce"), "rollout_correction.loss_type: expected ppo_clip, found reinforce"),
+        (correction("rollout_token_veto: 1"), "rollout_correction: unknown key `rollout_token_veto`"),
+        (correction("rollout_is_threshold: 3"), "rollout_is_threshold: 3 has no effect while rollout_is is null"),
+        (correction("rollout_is_batch_normalize: true"), "rollout_is_batch_normalize: True has no effect while"),
+        (correction("rollout_is: token, rollout_is_threshold: 0"), "expected an upper bound above 0, found 0"),
+        (correction("rollout_is: token, rollout_is_threshold: 5_1"), "expected a lower bound in (0, 1.0], found 5.0"),
+        (correction("rollout_is: token, rollout_is_threshold: high"), "expected a number or"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_fix(override, said):

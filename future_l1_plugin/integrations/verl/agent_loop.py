@@ -28,7 +28,7 @@ WAVE = "wave"
 
 
 class LatentOutput(AgentLoopOutput):
-    """verl's output with the latents (k, H) as a field of their own and log-probabilities in float64.
+    """verl's output with log-probabilities in float64 and, as fields of their own, latents and their mu (k, H).
 
     `processor_inputs` (grids, and the name of the pixels) stays in the process: the worker reads it instead of running
     the processor again.
@@ -39,7 +39,8 @@ class LatentOutput(AgentLoopOutput):
     def as_dict(self) -> dict[str, Any]:
         output = super().as_dict()
         output.pop("processor_inputs", None)
-        output["latents"] = output["extra_fields"].pop("latents")
+        for name in ("latents", "latent_means"):
+            output[name] = output["extra_fields"].pop(name)
         # Untempered log-densities are of the order of 1e4, where float32 resolves 1e-3 nats.
         output["rollout_log_probs"] = torch.tensor(self.response_logprobs, dtype=torch.float64)
         return output

@@ -10,11 +10,16 @@ and latents apart; for tokens they are equal to verl's.
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.la_dapo import RolloutCorrection
+from future_l1_plugin.la_dapo import RolloutCorrection, correction_weights
+from future_l1_plugin.latent import LatentTokens
 
+#: Field of a batch: the weight of each action. verl's own name for it; its values are replaced by ours.
+WEIGHTS = "rollout_is_weights"
 KEY = "algorithm.rollout_correction"
 #: verl's defaults of the keys that have no meaning here, and why.
 _UNUSED = {
@@ -69,6 +74,25 @@ def parse_threshold(value: Any) -> tuple[float, float | None]:
     if isinstance(value, bool) or not 1 <= len(bounds) <= 2:
         raise ConfigError(f'{KEY}.rollout_is_threshold: expected a number or "LOWER_UPPER", found {value!r}')
     return bounds[-1], bounds[0] if len(bounds) == 2 else None
+
+
+def weights_of(
+    settings: RolloutCorrection,
+    responses: list[Tensor],
+    masks: list[Tensor],
+    rollout: list[Tensor],
+    actor: list[Tensor],
+    tokens: LatentTokens,
+) -> tuple[list[Tensor], dict[str, float]]:
+    """`correction_weights` (T_i,) of each response, in the log-probabilities' dtype, and statistics by name."""
+    ids, mask = torch.cat(responses), torch.cat(masks).bool()
+    old, drawn, is_latent = torch.cat(actor), torch.cat(rollout), ids == tokens.latent
+    weights, metrics = torch.zeros_like(old), {}
+    for name, where in (("text", mask & ~is_latent), ("latent", mask & is_latent)):
+        found, statistics = correction_weights(settings, old, drawn, where)
+        weights += found.to(weights)
+        metrics |= {f"rollout_correction/{name}_{key}": value for key, value in statistics.items()}
+    return list(weights.split([len(row) for row in responses])), metrics
 
 
 def _yaml(value: Any) -> str:

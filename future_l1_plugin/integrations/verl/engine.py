@@ -19,8 +19,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.utils.model import convert_weight_keys
+from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.transformers_compat import drop_tied_target_keys
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.utils import unfuse_moe_params
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.verl.batch import (
@@ -28,10 +30,13 @@ from future_l1_plugin.integrations.verl.batch import (
     laid_out,
     latent_rows,
     response_positions,
+    rows,
     trained_latents,
 )
+from future_l1_plugin.integrations.verl.pixels import restored
 from future_l1_plugin.integrations.verl.plugin import ENGINE
-from future_l1_plugin.la_dapo import Tempering, continue_log_prob, latent_log_prob
+from future_l1_plugin.integrations.verl.vision import as_images
+from future_l1_plugin.la_dapo import Tempering, angle_between, continue_log_prob_at, latent_log_prob
 from future_l1_plugin.latent import LatentChannel, build_policy
 from future_l1_plugin.latent.policy_base import Policy
 from future_l1_plugin.model.checkpoint import attach_head, load_head
@@ -40,6 +45,9 @@ from future_l1_plugin.model.config import LatentConfig
 #: Keys of a batch. LATENT: the latent settings as JSON, put there by the trainer. RETURN_MU: whether an inference pass
 #: returns mu. MU: mu at the latent positions, (k_i, H) a row. FIRST: no update since the last inference pass.
 LATENT, RETURN_MU, MU, NUM_LATENTS, FIRST = "latent", "return_latent_mu", "latent_mu", "num_latents", "first_update"
+#: ROLLOUT_MU: the rollout's mu, (k_i, H) a row. RETURN_ANGLE: whether an inference pass returns ANGLE, (k_i, 1) a row:
+#: radians between the two.
+ROLLOUT_MU, RETURN_ANGLE, ANGLE = "latent_means", "return_latent_angle", "latent_angle"
 
 
 def latent_settings(policy: dict[str, Any], tempering: Any) -> str:
@@ -76,9 +84,19 @@ class LatentEngine(FSDPEngineWithLMHead):
         self._channel: LatentChannel | None = None  # found in the module once, entered for each micro-batch
         self._fed: tuple[list[Tensor], Tensor] | None = None  # latents of each row; Bool (n,) where they stand
         self._updates = 0  # since the last inference pass
+        self.sync_dtype: torch.dtype | None = None  # of the weights that the rollout gets; None = the actor's own
 
     def _build_module(self):
-        module = super()._build_module()
+        dtype = self.engine_config.model_dtype or ("bf16" if self.engine_config.forward_only else "fp32")  # as verl
+        # verl casts the whole module, buffers too: M-RoPE's frequencies in bfloat16 are wrong by radians after a few
+        # thousand tokens. Parameters are cast here, and buffers stay in float32, as they do in a float32 actor.
+        object.__setattr__(self.engine_config, "model_dtype", "fp32")
+        try:
+            module = super()._build_module()
+        finally:
+            object.__setattr__(self.engine_config, "model_dtype", dtype)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(PrecisionType.to_dtype(dtype))
         attach_head(module, self.latent)
         if self.latent.head != "none" and module.device.type != "meta":  # other ranks get rank 0's weights by broadcast
             load_head(module, self.model_config.local_path)
@@ -95,9 +113,22 @@ class LatentEngine(FSDPEngineWithLMHead):
         finally:
             object.__setattr__(self.engine_config, "forward_only", forward_only)
 
+    def get_per_tensor_param(self, **kwargs: Any):
+        """verl's, with each weight in `sync_dtype` before it is gathered: fewer bytes, the same values in the rollout.
+
+        Merged adapters come from `_merged_lora_per_tensor_param`.
+        """
+        if self.sync_dtype is None or self._is_lora or self._qat_enabled:
+            return super().get_per_tensor_param(**kwargs)
+        params = convert_weight_keys(self.module.state_dict(), self.module)
+        whole = ((name, _whole(value, self.sync_dtype)) for name, value in params.items())
+        return unfuse_moe_params(whole, self.model_config.hf_config.model_type), None
+
     def _merged_lora_per_tensor_param(self):
-        """verl's, without its cast to bfloat16, by which a float32 rollout would differ from the actor by 1e-2 nats."""
-        device = get_device_id()
+        """verl's, not always in bfloat16, in which a float32 rollout would differ from the actor by 1e-2 nats."""
+        return self._merged(self.sync_dtype)
+
+    def _merged(self, dtype: torch.dtype | None):
         with merged_lora_context(self.module, backup_adapters=True):
             # verl merges within FSDP2's inner units; adapters that are the outermost unit's (latent head, vision
             # mergers) are left out.
@@ -107,9 +138,9 @@ class LatentEngine(FSDPEngineWithLMHead):
                         module.merge()
             params = convert_weight_keys(normalize_peft_param_name(self.module.state_dict()), self.module)
             for name, value in params.items():
+                whole = _whole(value, dtype)
                 # The context takes the adapters out again: what is yielded must be a copy.
-                is_shard = isinstance(value, DTensor)
-                yield name, value.to(device).full_tensor() if is_shard else value.detach().clone()
+                yield name, whole.detach().clone() if whole is value else whole
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
@@ -120,7 +151,7 @@ class LatentEngine(FSDPEngineWithLMHead):
         """What verl writes there under LoRA has PEFT's names and loads nowhere: write the merged weights instead."""
         first = torch.distributed.get_rank() == 0
         weights = {}
-        for name, weight in self._merged_lora_per_tensor_param():  # gathers: all ranks take part
+        for name, weight in self._merged(None):  # gathers: all ranks take part
             if first:
                 weights[name] = weight.cpu()
         if first:
@@ -154,44 +185,55 @@ class LatentEngine(FSDPEngineWithLMHead):
                 self._fed = self._channel.mu = None  # their graph ends here
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
-        inputs, output_args = super().prepare_model_inputs(micro_batch)
+        inputs, output_args = super().prepare_model_inputs(restored(micro_batch))
         where = response_positions(micro_batch)
         latents = latent_rows(micro_batch, self.latent.tokens)
         self._channel.feed(latents, where=laid_out(where, micro_batch, inputs["input_ids"].shape))
         self._fed = latents, where & (micro_batch["input_ids"].values() == self.latent.tokens.latent)
-        return inputs, output_args
+        return as_images(inputs, micro_batch["input_ids"].values(), self.model_config.hf_config), output_args
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
-        result = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         latents, where = self._fed
         offsets = micro_batch["input_ids"].offsets()
         before = where.roll(-1)  # verl keeps the log-probability of a token at the position before it
+        went_on = 0.0
+        if not self.latent.budget.exact:
+            at = laid_out(before, micro_batch, output.logits.shape[:2])
+            output.logits, went_on = self._went_on(output.logits, at, output_args)
+        result = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         policy, tempering = read_settings(tu.get_non_tensor_data(micro_batch, LATENT, None))
         mu = self._channel.mu
-        chosen = latent_log_prob(policy, mu, torch.cat(latents).to(mu.device), tempering)  # float64 (K,)
-        if not self.latent.budget.exact:
-            chosen = chosen + self._went_on(
-                output.logits, laid_out(before, micro_batch, output.logits.shape[:2]), output_args
-            )
+        chosen = latent_log_prob(policy, mu, torch.cat(latents).to(mu.device), tempering) + went_on  # float64 (K,)
         # float64 from here on: an untempered density is of the order of 1e4, where float32 resolves 1e-3 nats.
         log_probs = flat(result["log_probs"]).double().masked_scatter(before, chosen.double())
         result["log_probs"] = torch.nested.nested_tensor_from_jagged(log_probs, offsets)
         if "entropy" in result:  # of a choice among ids that was not made
             entropy = flat(result["entropy"]).masked_fill(before, 0.0)
             result["entropy"] = torch.nested.nested_tensor_from_jagged(entropy, offsets)
+        counts = torch.tensor([0, *map(len, latents)], device=mu.device).cumsum(0)
         if logits_processor_func is not None:
             result[MU] = mu  # for the loss, with its graph
         elif tu.get_non_tensor_data(micro_batch, RETURN_MU, False):
-            counts = torch.tensor([0, *map(len, latents)], device=mu.device).cumsum(0)
             result[MU] = torch.nested.nested_tensor_from_jagged(mu.float(), counts)
+        if tu.get_non_tensor_data(micro_batch, RETURN_ANGLE, False):
+            means = [row[: len(z)] for row, z in zip(rows(micro_batch[ROLLOUT_MU]), latents, strict=True)]
+            angle = angle_between(mu, torch.cat(means).to(mu.device))[:, None]
+            result[ANGLE] = torch.nested.nested_tensor_from_jagged(angle, counts)
         return result
 
-    def _went_on(self, logits: Tensor, before: Tensor, output_args: dict[str, Any]) -> Tensor:
-        """log(1 - p(end)) at each latent: the model could have ended the span there. (K,)"""
+    def _went_on(self, logits: Tensor, before: Tensor, output_args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """log(1 - p(end)) at each latent (K,), where the model could have ended the span; after the logits to use."""
         temperature = output_args.get("temperature_rmpad", output_args.get("temperature"))
-        rows = logits[before]
         if "temperature_rmpad" in output_args:
-            scale = temperature[: before.shape[1]][before[0]]
+            temperature = temperature[: before.shape[1]][before[0]]
         else:
-            scale = temperature[:, None].expand_as(before)[before]
-        return continue_log_prob(rows / scale.clamp(min=1e-8)[:, None], self.latent.tokens.end, 1.0)
+            temperature = temperature[:, None].expand_as(before)[before]
+        at = before.flatten().nonzero()[:, 0]
+        return continue_log_prob_at(logits, at, self.latent.tokens.end, temperature.clamp(min=1e-8))
+
+
+def _whole(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight, gathered; in `dtype` if it is floating and one is given. The same values as if it were cast after."""
+    if dtype is not None and value.is_floating_point():
+        value = value.to(dtype)
+    return value.to(get_device_id()).full_tensor() if isinstance(value, DTensor) else value

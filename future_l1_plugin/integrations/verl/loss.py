@@ -10,22 +10,29 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
 from future_l1_plugin.integrations.verl.batch import rows
+from future_l1_plugin.integrations.verl.correction import WEIGHTS
 from future_l1_plugin.integrations.verl.engine import FIRST, LATENT, MU, NUM_LATENTS, read_settings
 from future_l1_plugin.la_dapo import LaDapoLoss, latent_kl, policy_loss
 
 
-def loss_function(settings: LaDapoLoss, latent_id: int):
-    """What `worker_group.set_loss_fn` takes."""
-    return partial(la_dapo_loss, settings, latent_id)
+def loss_function(settings: LaDapoLoss, latent_id: int, corrected: bool = False):
+    """What `worker_group.set_loss_fn` takes. corrected: the batch brings importance weights, under `WEIGHTS`."""
+    return partial(la_dapo_loss, settings, latent_id, corrected=corrected)
 
 
 def la_dapo_loss(
-    settings: LaDapoLoss, latent_id: int, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None
+    settings: LaDapoLoss,
+    latent_id: int,
+    model_output: dict[str, Any],
+    data: TensorDict,
+    dp_group: Any = None,
+    corrected: bool = False,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """The loss of a micro-batch, as a share of its mini-batch over all ranks, and its metrics."""
     log_prob = no_padding_2_padding(model_output["log_probs"], data)  # float64 (B, T)
     names = ["responses", "response_mask", "old_log_probs", "advantages"]
     names += ["ref_log_prob"] if "ref_log_prob" in data else []
+    names += [WEIGHTS] if corrected else []
     padded = data.select(*names).to_padded_tensor()
     trained = padded["response_mask"].bool()
     latent_mask = trained & (padded["responses"] == latent_id)
@@ -48,6 +55,7 @@ def la_dapo_loss(
         num_latents=num_latents,
         ref_log_prob=padded.get("ref_log_prob", None) if settings.kl_weight else None,
         latent_kl=kl,
+        weights=padded[WEIGHTS] if corrected else None,
     )
     ranks = data["dp_size"]  # gradients and metrics are averaged over ranks
     metrics = {name: Metric(AggregationType.SUM, value * ranks) for name, value in means.items()}

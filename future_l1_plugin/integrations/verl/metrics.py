@@ -30,16 +30,31 @@ def log_prob_gaps(
     actor: list[Tensor],
     tokens: LatentTokens,
 ) -> dict[str, float]:
-    """|rollout log-prob - actor log-prob| in nats (latents: tempered) on trained positions, text and latents apart."""
+    """|rollout log-prob - actor log-prob| in nats (latents: tempered) on trained positions, text and latents apart.
+
+    Their mean, median, the value that one in a hundred exceeds, and the largest.
+    """
     ids, mask = torch.cat(responses), torch.cat(masks).bool()
     gap = (torch.cat(rollout).double() - torch.cat(actor).double()).abs()
     is_latent = ids == tokens.latent
     found = {}
     for name, where in (("text", mask & ~is_latent), ("latent", mask & is_latent)):
         if where.any():
-            found[f"rollout_gap/{name}_mean"] = float(gap[where].mean())
-            found[f"rollout_gap/{name}_max"] = float(gap[where].max())
+            found |= _spread(f"rollout_gap/{name}", gap[where])
     return found
+
+
+def angle_gaps(angles: list[Tensor]) -> dict[str, float]:
+    """Radians between the rollout's mu and the actor's at each latent: the same figures. Rows (k_i, 1)."""
+    every = torch.cat([row.flatten() for row in angles])
+    return _spread("rollout_gap/angle", every.double()) if len(every) else {}
+
+
+def _spread(name: str, values: Tensor) -> dict[str, float]:
+    ordered = values.sort().values  # torch.quantile takes at most 16 million
+    at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    picked = {f"{name}_{key}": float(ordered[round(share * (len(ordered) - 1))]) for key, share in at.items()}
+    return {f"{name}_mean": float(values.mean())} | picked
 
 
 def engine_metrics(prompts: list[str], engines: list[int]) -> dict[str, float]:

@@ -343,6 +343,7 @@ class LatentHFServer:
                     stop_reason="completed",
                     extra_fields={
                         "latents": out.latents[i].cpu(),
+                        "latent_means": out.means[i].cpu(),
                         "forced": out.forced[i].long().tolist(),
                         "global_steps": self._version,
                         ENGINE_NUMBER: self._replica_rank,

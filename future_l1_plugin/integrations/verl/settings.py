@@ -21,8 +21,9 @@ from future_l1_plugin.config import from_mapping
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
 from future_l1_plugin.integrations.verl import plugin
+from future_l1_plugin.integrations.verl.correction import rollout_correction
 from future_l1_plugin.integrations.vllm.allocator import check_allocator
-from future_l1_plugin.la_dapo import LaDapoLoss
+from future_l1_plugin.la_dapo import LaDapoLoss, RolloutCorrection
 from future_l1_plugin.rewards import RewardSet
 
 #: Top-level keys: verl's own, and ours. verl takes any key, so a misspelt section would be ignored.
@@ -62,6 +63,7 @@ class Settings:
     groups: GroupsSection
     rewards: RewardSet
     loss: LaDapoLoss
+    correction: RolloutCorrection | None  # of rollouts whose policy is not the actor's; None = off
 
     @classmethod
     def from_config(cls, config: DictConfig) -> "Settings":
@@ -70,10 +72,10 @@ class Settings:
         Raises:
             ConfigError: a section is missing or wrong, or verl is set to something that latents do not go with.
         """
-        if unknown := sorted(set(config) - _SECTIONS):
-            near = difflib.get_close_matches(unknown[0], _SECTIONS, n=1)
         if "dry_run" in config:  # verl starts Ray before it asks us for anything
             raise ConfigError("dry_run: verl has none. Run: future-l1 plan RECIPE.yaml, with the same key=value words")
+        if unknown := sorted(set(config) - _SECTIONS):
+            near = difflib.get_close_matches(unknown[0], _SECTIONS, n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise ConfigError(f"unknown section `{unknown[0]}`.{hint} Sections: {', '.join(sorted(_SECTIONS))}")
         if "rewards" not in config:
@@ -84,6 +86,7 @@ class Settings:
             latent=latent,
             groups=from_mapping(GroupsSection, config.get("groups", {}), "groups"),
             rewards=reward_set(config),
+            correction=rollout_correction(config),
             loss=LaDapoLoss(
                 clip_low=actor.clip_ratio_low,
                 clip_high=actor.clip_ratio_high,

@@ -52,6 +52,9 @@ class LatentWorker(ActorRolloutRefWorker):
             with open_dict(self.config.model):
                 self.config.model.exclude_modules = r".*\bvisual\b.*" + (f"|{given}" if given else "")
         super().init_model()
+        if "actor" in self.role and "rollout" in self.role:
+            # "auto" is the checkpoint's dtype, which the actor does not keep.
+            self.actor.engine.sync_dtype = getattr(torch, self.config.rollout.dtype, None)
         if frozen:
             for module in self.actor.engine.module.modules():
                 if "visual" in module._modules:
