@@ -160,8 +160,9 @@ class LatentHFServer:
                 `<|latent|>`    tempered log-density of z, plus log(1 - p(end)) where the budget leaves that choice
                 forced markers  0
             stop_reason "completed" at an end-of-sequence token and at max_tokens, as verl's vLLM backend says;
-            extra_fields: `latents` (k, H) in the model's dtype, the very numbers that were fed; `forced` 0 or 1 a token, 1 where
-            the grammar chose the id (`<|latent|>` included); `global_steps`, the version of the weights.
+            extra_fields: `latents` (k, H) in the model's dtype, the very numbers that were fed, and `latent_means`, the
+            mu around which they were drawn; `forced` 0 or 1 a token, 1 where the grammar chose the id (`<|latent|>`
+            included); `global_steps`, the version of the weights.
 
         Raises:
             ConfigError: wrong sampling parameters or inputs, or a wave whose requests do not agree.
