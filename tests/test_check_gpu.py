@@ -136,3 +136,37 @@ def test_quantiles(tmp_path):
     assert (figure.rule, figure.ok) == ("median at most 50, max at most 99", False)
     with pytest.raises(ValueError, match="expected values, found none"):
         results.spread("gap", torch.zeros(0), "nats")
+
+
+def test_part_a_finds_latents_that_are_off_by_one(tmp_path, monkeypatch):
+    import torch
+
+    from future_l1_plugin.gpu_check import a_precision, passes
+    from future_l1_plugin.gpu_check.child import Setting
+    from future_l1_plugin.gpu_check.models import TINY
+
+    def judged():
+        results = Recorder("title", tmp_path / "part.json")
+        a_precision.measure(results, TINY, Setting(small=True), torch.float32, batch=2, prompt=8, tokens=20)
+        return {figure.name: figure.ok for figure in results.result.figures if figure.rule}
+
+    class Late(passes.LatentChannel):
+        def feed(self, latents, *args, **kwargs):
+            super().feed([z.roll(1, 0) for z in latents], *args, **kwargs)
+
+    right = judged()
+    assert len(right) == 6 and all(right.values())
+    monkeypatch.setattr(passes, "LatentChannel", Late)
+    wrong = judged()
+    assert not wrong["float32, decoding, packed: angle of mu"]
+    assert not wrong["float32, decoding, packed: text log-probability, |gap|"]
+
+
+def test_the_parts_are_imported_without_hosts_and_video_readers():
+    """On a machine with torch and transformers alone; what a part lacks there is for the part to say."""
+    absent = ["av", "decord", "omegaconf", "ray", "verl", "vllm", "tensordict", "hydra", "peft", "rich", "matplotlib"]
+    code = f"import sys, importlib; sys.modules.update(dict.fromkeys({absent}))\n"
+    code += "from future_l1_plugin.gpu_check import PARTS\n"
+    code += "for part in PARTS.values(): importlib.import_module(part.module)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
