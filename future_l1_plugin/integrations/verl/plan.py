@@ -62,8 +62,8 @@ def compose(recipe: Path, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(recipe.resolve().parent), version_base=None):
             search = "hydra.searchpath=[pkg://verl.trainer.config]"  # where main_ppo looks by itself
             config = hydra_compose(recipe.stem, overrides=[search, *overrides])
-        # verl leaves keys of what a run has not (a reward model's) without a value, too.
-        if missing := sorted(OmegaConf.missing_keys(config) & set(_named(recipe, overrides))):
+        # Read from the files: a "???" over a value of verl's own is no value, and Hydra keeps verl's.
+        if missing := [key for key, value in _named(recipe, overrides).items() if value == "???"]:
             raise ConfigError(f"{recipe}: must be given: " + ", ".join(f"{key}=VALUE" for key in missing))
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
@@ -128,35 +128,36 @@ def _ask_verl(config: DictConfig) -> None:
 
 def _values(config: DictConfig, recipe: Path, overrides: list[str]) -> list[str]:
     """The keys that recipes and overrides name, with the values that hold."""
-    names = dict.fromkeys(_named(recipe, overrides))
     shown = OmegaConf.create({})
-    for name in names:
+    for name in _named(recipe, overrides):
         if OmegaConf.select(config, name, default=None) is not None:
             OmegaConf.update(shown, name, OmegaConf.select(config, name))
     return OmegaConf.to_yaml(shown).rstrip().splitlines()
 
 
-def _named(recipe: Path, overrides: list[str]) -> Iterator[str]:
+def _named(recipe: Path, overrides: list[str]) -> dict[str, Any]:
+    """The keys that recipes and overrides name, and what they say; later ones win."""
     import yaml
 
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    values, named = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, {}
     for parent in values.pop("defaults", []):
         file = recipe.parent / f"{parent}.yaml"
         if isinstance(parent, str) and file.is_file():
-            yield from _named(file, [])
-    yield from _leaves(values)
+            named |= _named(file, [])
+    named |= dict(_leaves(values))
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         file = recipe.parent / key / f"{value}.yaml"
-        yield from _named(file, []) if file.is_file() else [key]
+        named |= _named(file, []) if file.is_file() else {key: value}
+    return named
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield prefix + key, value
 
 
 def _lengths(config: DictConfig) -> list[str]:
