@@ -409,6 +409,68 @@ def test_an_engine_that_cannot_work_is_refused(engine, change, match):
         check_supported(config, has_media=True)
 
 
+def test_the_first_model_runner_is_refused(engine, monkeypatch):
+    """It never asks our model for its state, so nothing else would notice."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from future_l1_plugin.integrations.vllm.scheduler import LatentScheduler
+
+    running = engine.llm.llm_engine.engine_core.engine_core.scheduler
+
+    def init(self, second):
+        self.connector, self.vllm_config = running.connector, SimpleNamespace(use_v2_model_runner=second)
+
+    monkeypatch.setattr(AsyncScheduler, "__init__", init)
+    LatentScheduler(True)
+    with pytest.raises(ConfigError, match="found that it chose the first, which would decode without latents"):
+        LatentScheduler(False)
+
+
+def test_vllm_s_memory_profile_sees_what_a_rollout_needs(engine, monkeypatch):
+    """Float32 copies of the logits, 0.6 GB each at 1,024 requests: the KV cache gets what profiling leaves."""
+    from future_l1_plugin.integrations.vllm import state
+
+    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    seen = []
+    monkeypatch.setattr(state, "logsigmoid", lambda x: seen.append(len(x)) or torch.nn.functional.logsigmoid(x))
+    runner._dummy_sampler_run(torch.zeros(5, runner.model_config.get_hidden_size()))
+    assert seen == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_latents_and_means_leave_as_they_were_drawn(vllm, reference, dtype):
+    """Bit by bit and in the model's dtype, through both processes and the response's JSON: 16 bits of a bfloat16."""
+    import json
+    import pickle
+
+    from future_l1_plugin.integrations.vllm.connector import LatentConnector, LatentStep
+
+    connector = LatentConnector.__new__(LatentConnector)
+    connector._latent, connector._kept = LatentConfig.from_hf(reference[0].config), {}
+    connector._none = torch.empty(0, 8, dtype=dtype)
+    z, mu = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for i, position in enumerate((5, 6, 7)):  # a request of 4 ids; beside it one that draws nothing
+        both = (torch.tensor([False, True]), torch.tensor([9, position]), torch.stack([z[i] + 1, z[i]]))
+        step = LatentStep(["other", "it"], *both, torch.stack([mu[i] + 1, mu[i]]), torch.tensor([-1.0, -2.0]))
+        sent = pickle.loads(pickle.dumps(step))
+        assert sent.request_ids == ["it"] and sent.latents.dtype == dtype
+        connector.keep(sent, {"it": None, "other": None})
+    tokens = connector._latent.tokens
+    request = SimpleNamespace(
+        request_id="it",
+        num_prompt_tokens=4,
+        output_token_ids=[tokens.start, *[tokens.latent] * 3],
+        is_finished=lambda: True,
+        sampling_params=SimpleNamespace(extra_args={"latent_return": "means"}),
+    )
+    sent = json.loads(json.dumps(connector.request_finished(request, ())[1]))
+    got = unpack(sent)
+    assert got.latents.dtype == got.means.dtype == dtype and got.end_logprobs.dtype == torch.float32
+    assert torch.equal(got.latents, z) and torch.equal(got.means, mu)
+    assert len(sent["latents"]["latents"]["data"]) == 3 * 8 * dtype.itemsize * 4 // 3
+    assert connector._kept == {}
+
+
 def test_vllm_refuses_expandable_segments_where_we_do(vllm, path, monkeypatch):
     """`check_allocator` goes when this fails: vLLM then takes our connector for what it is, or asks differently."""
     from vllm.config import VllmConfig
@@ -471,6 +533,11 @@ DONE = {
         f"{SCHEDULER}.schedule",
         "scheduled_new_reqs.extend(scheduled_resumed_reqs)",
     ),
+    "a request has no token while it is_prefilling": (
+        "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        "req_state.is_prefilling = False",
+    ),
+    "request_states go by the id that add_request returns": ("vllm:LLMEngine.add_request", "return req_id"),
     "Request._block_hasher": ("vllm.v1.request:Request.update_block_hashes", "self._block_hasher(self)"),
 }
 

@@ -32,6 +32,12 @@ class LatentScheduler(AsyncScheduler):
                 f"latent decoding: expected LatentConnector as kv_connector, found {type(self.connector).__name__}. "
                 "Start the engine with future_l1_plugin.integrations.vllm.engine_args"
             )
+        if not self.vllm_config.use_v2_model_runner:
+            raise ConfigError(
+                "latent decoding: expected vLLM's second model runner, found that it chose the first, which would "
+                "decode without latents. Unset VLLM_USE_V2_MODEL_RUNNER if it is set; else vLLM has warned of a "
+                "feature that the second one lacks: switch that off"
+            )
         self._serial = count()
         end_with_parent()  # vLLM makes its scheduler in the engine's process
 
