@@ -81,6 +81,15 @@ def check_installed(key: str, pip: str = PIP) -> None:
         raise EnvironmentMismatch(f"{key}: DeepSpeed is not installed.\n{pip}\nor set {key}=null.")
 
 
+def join_on_a_cpu() -> None:
+    """Let DeepSpeed take over the processes' communication. accelerate does so on GPUs only; on a CPU DeepSpeed would
+    take each process for the only one while the model is loaded."""
+    from deepspeed import comm
+
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
 def check_startable(key: str, pip: str = PIP) -> None:
     """Raises EnvironmentMismatch (DeepSpeed is missing) or ConfigError (not started by torchrun)."""
     check_installed(key, pip)

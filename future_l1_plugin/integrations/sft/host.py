@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.sft.deepspeed import NO_FSDP
+from future_l1_plugin.integrations.sft.deepspeed import NO_FSDP, join_on_a_cpu
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
 if TYPE_CHECKING:
@@ -143,4 +143,6 @@ def checked(arguments: "TrainingArguments", key: str) -> "TrainingArguments":
         )
     if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # `accelerate launch` says so
         raise ConfigError(f"FSDP is on: {NO_FSDP.format(key=key)}, started by GPUS=8 scripts/sft.sh")
+    if arguments.deepspeed and arguments.use_cpu:
+        join_on_a_cpu()
     return arguments
