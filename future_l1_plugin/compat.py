@@ -74,7 +74,6 @@ PINS = (
     Pin("TransferQueue", "0.1.11", ">=0.1.10", ("verl",), "verl's sample transport"),
     Pin("hydra-core", "1.3.8", ">=1.3,<1.4", ("verl",), "verl's configuration"),
     Pin("wrapt", "2.5.2", ">=1.16", ("verl",), "registers with verl when verl imports a module, not before"),
-    Pin("cachetools", "8.0.1", ">=5", ("verl",), "bounded cache of encoded prompts"),
     Pin("psutil", "7.2.2", ">=5.9", ("verl",), "memory of the CPU platform"),
     Pin("mathruler", "0.1.0", ">=0.1", ("verl",), "grades mathematical answers"),
     Pin("openai", "3.54.0", ">=1.98,<4", ("verl", "eval"), "the judge of free-text answers"),
