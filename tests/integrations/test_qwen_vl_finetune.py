@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from real_size import write_config
 from safetensors.torch import load_file
 
 from future_l1_plugin.config import load_recipe
@@ -118,6 +119,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
         "src/trainer/sft_trainer.py": TRAINER,
         "src/train/train_sft.py": FUNCTIONS,
         "scripts/zero3_offload.json": '{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}',
+        "scripts/zero3.json": '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}',
         "requirements.txt": "torch==2.8.0\na_package_that-is-nowhere==1.2.3\ndeepspeed==0.17.5\n",
     }
     for name, text in files.items():
@@ -343,6 +345,26 @@ def test_deepspeed_configurations(parsed, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=r"DeepSpeed needs torchrun. Start with scripts/sft\.sh"):
         parsed("qwen_vl_finetune.deepspeed=zero3_offload")
+
+
+def test_fsdp_is_refused_by_name(parsed):
+    with pytest.raises(ConfigError, match=r"arguments.fsdp: FSDP gathers .* use qwen_vl_finetune.deepspeed=zero3"):
+        parsed("qwen_vl_finetune.arguments={fsdp: full_shard}")
+
+
+def test_a_dry_run_of_the_full_recipe(stand_in, tmp_path, repository, capsys):
+    from future_l1_plugin.integrations.sft.launch import main as launch
+
+    model = write_config(tmp_path / "8b")
+    keys = [str(repository / "recipes" / "sft.yaml"), f"model={model}", f"qwen_vl_finetune.path={stand_in}"]
+    keys += ["--dry-run", "--gpu-memory", "80"]
+    assert launch([*keys, "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"dry run. SFT in Qwen-VL-Series-Finetune without git, commit unknown at {stand_in}")
+    assert "in all: 1 GPU 191.03 GiB, 8 GPUs 56.59 GiB" in text and "verdict for 8 GPUs: it fits" in text
+    assert launch(keys) == 2
+    message = capsys.readouterr().err
+    assert "GPUS=8 scripts/sft.sh .. qwen_vl_finetune.deepspeed=zero3: 56.6 GiB, fits" in message
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

@@ -155,7 +155,8 @@ def test_a_missing_deepspeed_is_found_before_torchrun(recipe, capsys, monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     monkeypatch.setattr(launch.os, "execv", lambda *command: pytest.fail("a run was started"))
     message = refused(capsys, recipe(), "hf_trainer.deepspeed=zero3", "--gpus", "8")
-    assert "hf_trainer.deepspeed: DeepSpeed is not installed.\nRun: DS_BUILD_OPS=0" in message
+    command = f'Run: {sys.executable} -m pip install "deepspeed>=0.17.5,<0.20"'
+    assert f"hf_trainer.deepspeed: DeepSpeed is not installed.\n{command}\n" in message
     assert run_main([recipe(), "hf_trainer.deepspeed=zero3"]) == 2  # and by whoever starts torchrun himself
     assert "DeepSpeed is not installed" in capsys.readouterr().err
 

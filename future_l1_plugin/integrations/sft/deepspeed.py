@@ -22,7 +22,7 @@ NAMES = {
     "zero3_offload": Sharding(3, offload_optimizer=True, offload_weights=True),
 }
 #: 0.19.8 was run: two processes over gloo.
-PIP = f'Run: DS_BUILD_OPS=0 {sys.executable} -m pip install --no-build-isolation "deepspeed>=0.17.5,<0.20"'
+PIP = f'Run: {sys.executable} -m pip install "deepspeed>=0.17.5,<0.20"'
 #: Why no host takes FSDP.
 NO_FSDP = (
     "FSDP gathers weights for the wrapped model's own forward pass only, and the latent targets e* are a pass of the "
