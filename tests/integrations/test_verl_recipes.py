@@ -153,7 +153,7 @@ def test_rollouts_are_corrected_where_engines_compute_in_bfloat16():
         (correction("rollout_is_threshold: 3"), "rollout_is_threshold: 3 has no effect while rollout_is is null"),
         (correction("rollout_is_batch_normalize: true"), "rollout_is_batch_normalize: True has no effect while"),
         (correction("rollout_is: token, rollout_is_threshold: 0"), "expected an upper bound above 0, found 0"),
-        (correction("rollout_is: token, rollout_is_threshold: 5_1"), "expected a lower bound in (0, 1.0], found 5.0"),
+        (correction("rollout_is: token, rollout_is_threshold: 5.0_1.0"), "a lower bound in (0, 1.0], found 5.0"),
         (correction("rollout_is: token, rollout_is_threshold: high"), "expected a number or"),
     ],
 )
