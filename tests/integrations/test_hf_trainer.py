@@ -411,6 +411,11 @@ def test_two_processes_give_the_run_of_one(world, unlike, tmp_path, how):
     plain = train(tmp_path / "plain.yaml", model, world, *keys, data=data)
     stage = {"ddp": "null", "lora": "zero3"}.get(how, how)
     output = start_two(tmp_path / "run.yaml", model, world, *keys, f"hf_trainer.deepspeed={stage}", data=data)
+    if how == "zero3":  # and it goes on from a checkpoint of two parts
+        shutil.rmtree(output / "final")
+        shutil.rmtree(output / "checkpoints" / "checkpoint-3", ignore_errors=True)
+        start_two(tmp_path / "run.yaml", model, world, *keys, f"hf_trainer.deepspeed={stage}", data=data)
+        assert "resuming from" in (tmp_path / "run.log").read_text()
     for step, pair in losses(plain).items():
         assert losses(output)[step] == pytest.approx(pair, abs=1e-4), f"step {step}"
     first, second = weights(plain / "final"), weights(output / "final")
