@@ -155,6 +155,11 @@ def test_rollouts_are_corrected_where_engines_compute_in_bfloat16():
         (correction("rollout_is: token, rollout_is_threshold: 0"), "expected an upper bound above 0, found 0"),
         (correction("rollout_is: token, rollout_is_threshold: 5.0_1.0"), "a lower bound in (0, 1.0], found 5.0"),
         (correction("rollout_is: token, rollout_is_threshold: high"), "expected a number or"),
+        (
+            "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
+            "policy_loss.loss_mode: latents need vanilla, found gspo",
+        ),
+        ("groups.max_failed=-1", "groups.max_failed: expected 0 (none) or more, found -1"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_fix(override, said):

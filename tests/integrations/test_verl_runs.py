@@ -195,10 +195,14 @@ def test_two_ranks_lora_and_packing(out, tmp_path):
 
 
 def test_two_engines_and_two_ranks(out):
-    """Groups stay whole, on an engine each and on a rank each; pixels are put once a group and gone after the step."""
+    """Groups stay whole, on an engine each and on a rank each; pixels are put once a group and gone after the step.
+
+    With the off-policy correction on, which has nothing to correct: both compute in float32.
+    """
     train(
         out,
         *LONG,
+        "algorithm.rollout_correction={rollout_is: token}",
         *("trainer.project_name=${out}/engines", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"),
         *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "trainer.save_freq=-1"),
         *("trainer.val_before_train=False", "trainer.test_freq=-1"),
@@ -211,6 +215,9 @@ def test_two_engines_and_two_ranks(out):
         assert data["rollout/engines_per_group"] == 1
         assert data["rollout/busiest_engine"] <= (0.75 if step == 1 else 0.5)  # the first requests come as they may
         assert data["pixels/prompts"] == 4
+        for name in ("text", "latent"):
+            assert data[f"rollout_correction/{name}_mean"] == pytest.approx(1, abs=1e-4)
+            assert data[f"rollout_correction/{name}_truncated"] == 0
 
 
 def test_three_prompts_that_fail_are_replaced_and_named(out, tmp_path):

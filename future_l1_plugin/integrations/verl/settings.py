@@ -169,6 +169,12 @@ def check_host(config: DictConfig) -> None:
             actor.kl_loss_type,
             "low_var_kl",
         ),
+        (
+            actor.policy_loss.loss_mode != "vanilla",  # the loss is la_dapo's own
+            "actor_rollout_ref.actor.policy_loss.loss_mode",
+            actor.policy_loss.loss_mode,
+            "vanilla",
+        ),
         (actor.entropy_coeff != 0, "actor_rollout_ref.actor.entropy_coeff", actor.entropy_coeff, 0),
         (config.algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, False),
         (
