@@ -16,7 +16,7 @@ from future_l1_plugin.data import frames, make_world
 from future_l1_plugin.data.rl import RlPrompt, encode_prompt, load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.verl import dataset as module
-from future_l1_plugin.integrations.verl.dataset import LatentRLDataset, PromptSettings, prompt_settings
+from future_l1_plugin.integrations.verl.dataset import LatentRLDataset, PromptSettings, even_out, prompt_settings
 
 pytest.importorskip("verl.trainer.ppo", reason="needs upstream verl")
 
@@ -382,3 +382,15 @@ def test_the_module_needs_no_verl():
     code = "import sys, future_l1_plugin.integrations.verl.dataset; print([m for m in sys.modules if m == 'verl'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(9, 4, [3, 3, 3]), (8, 4, [4, 4]), (3, 128, [3]), (5, 4, [3, 2])])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_a_validation_are_of_about_one_size(count, size, sizes, workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = StatefulDataLoader(list(range(count)), batch_size=size, shuffle=True, num_workers=workers)
+    even_out(loader)
+    found = [batch.tolist() for batch in loader]
+    assert [len(batch) for batch in found] == sizes
+    assert sorted(number for batch in found for number in batch) == list(range(count))

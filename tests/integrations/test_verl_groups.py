@@ -13,7 +13,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from future_l1_plugin.integrations.rl.samples import group_rewards
 from future_l1_plugin.integrations.verl.correction import weights_of
 from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
-from future_l1_plugin.integrations.verl.groups import GroupBuffer, whole_groups
+from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
 from future_l1_plugin.integrations.verl.metrics import angle_gaps, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.reward import DROPPED, last_token
 from future_l1_plugin.integrations.verl.settings import GroupsSection
@@ -188,7 +188,7 @@ def test_validation_goes_on_without_a_prompt_that_fails():
     batch, _ = buffer().sample(1, "val", 2)
     assert batch.keys == ["a0_0_0"]
     fail("a2", "broken", partition="val")
-    with pytest.raises(RolloutError, match="0 of 1 groups"):
+    with pytest.raises(RolloutError, match="all 1 questions of a batch of the validation failed"):
         buffer().sample(1, "val", 1)
 
 
@@ -203,6 +203,47 @@ def test_ranks_get_whole_groups():
     assert whole_groups(keys, lengths, 1) is None
     assert whole_groups(keys, lengths, 3) is None
     assert whole_groups(keys[:-1], lengths[:-1], 2) is None
+
+
+def test_ranks_of_a_group_by_hand():
+    keys = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
+    found = {"actor/ranks_per_group": 1.0, "global_seqlen/balanced_min": 30, "global_seqlen/balanced_max": 70}
+    assert rank_metrics(keys, [10, 20, 30, 40], 2) == found
+    mixed = rank_metrics(["a_0_0", "b_0_0", "a_1_0", "b_1_0"], [10, 30, 20, 40], 2)
+    assert mixed == {"actor/ranks_per_group": 2.0, "global_seqlen/balanced_min": 40, "global_seqlen/balanced_max": 60}
+
+
+@pytest.mark.usefixtures("clean")
+def test_weights_go_to_the_samples_that_they_belong_to():
+    """Through the queue, in another order than that of submission, with ratios that differ by sample and position."""
+    from types import SimpleNamespace
+
+    from transfer_queue import KVBatchMeta
+
+    from future_l1_plugin.integrations.verl.trainer import LaDapoTrainer
+
+    drawn = {"a_0_0": [0.0, -0.1, -0.2], "b_0_0": [-0.3], "c_0_0": [-0.4, -0.5]}
+    fields = [
+        {
+            "responses": torch.tensor([1, TOKENS.latent, 2][: len(values)]),
+            "response_mask": torch.ones(len(values), dtype=torch.long),
+            "rollout_log_probs": torch.tensor(values, dtype=torch.float64) - 1,
+            "old_log_probs": torch.full((len(values),), -1.0, dtype=torch.float64),
+        }
+        for values in drawn.values()
+    ]
+    tags = [{"status": "success", "global_steps": 1}] * 3
+    tq.kv_batch_put(keys=list(drawn), fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id="train")
+    keys, metrics = ["c_0_0", "a_0_0", "b_0_0"], {"rollout_corr/kl": 1.0}
+    trainer = SimpleNamespace(settings=SimpleNamespace(correction=RolloutCorrection(upper=1.45)), tokens=TOKENS)
+    LaDapoTrainer._correct(trainer, KVBatchMeta(partition_id="train", keys=keys, tags=tags), metrics)
+    for key, values in drawn.items():
+        found = tq.kv_batch_get(keys=[key], partition_id="train", select_fields=["rollout_is_weights"])
+        # old - rollout = -value: exp of it, at most 1.45 (exp(0.4) is 1.49).
+        expected = torch.tensor([-v for v in values]).exp().clamp(max=1.45)
+        assert torch.allclose(next(iter(found["rollout_is_weights"].unbind())).float(), expected), key
+    assert metrics["rollout_correction/text_truncated"] == pytest.approx(1 / 4)
+    assert "rollout_corr/kl" not in metrics
 
 
 @pytest.mark.usefixtures("clean")

@@ -223,6 +223,19 @@ def test_limits_that_cannot_hold_a_sample(at_8b):
     ]
 
 
+def test_micro_batches_of_so_many_samples(at_8b):
+    """Without use_dynamic_bsz verl ignores limits of tokens, and a sample may have 15,360."""
+    keys = {"actor": "ppo", "rollout": "log_prob", "ref": "log_prob"}
+    given = [f"actor_rollout_ref.{part}.{name}_micro_batch_size_per_gpu=4" for part, name in keys.items()]
+    given += ["actor_rollout_ref.actor.use_dynamic_bsz=false"]
+    given += [f"actor_rollout_ref.{part}.log_prob_use_dynamic_bsz=false" for part in ("rollout", "ref")]
+    (problem,) = plan([*at_8b, *given]).problems
+    assert "is not enough: " in problem and "update" in problem
+    assert "ppo_max_token_len_per_gpu" not in problem
+    one = [key.replace("per_gpu=4", "per_gpu=1") for key in given]
+    assert plan([*at_8b, *one]).problems == []
+
+
 def test_on_a_machine_with_gpus_what_is_missing_is_a_problem(at_8b, monkeypatch, tmp_path):
     class Card:
         total_memory = 80 * GIB
@@ -236,6 +249,8 @@ def test_on_a_machine_with_gpus_what_is_missing_is_a_problem(at_8b, monkeypatch,
     flash, disk = problems.problems
     assert "needs flash-attn" in flash and "100 GiB are free" in disk
     assert plan([*at_8b, SDPA, "trainer.save_freq=-1", "actor_rollout_ref.rollout.name=latent_hf"]).problems
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert any("this machine has 4 GPUs. Set it to 4" in problem for problem in plan(at_8b).problems)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ def test_rollouts_are_corrected_where_engines_compute_in_bfloat16():
             "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
             "policy_loss.loss_mode: latents need vanilla, found gspo",
         ),
+        ("trainer.critic_warmup=5", "trainer.critic_warmup: latents need 0, found 5"),
         ("groups.max_failed=-1", "groups.max_failed: expected 0 (none) or more, found -1"),
     ],
 )
@@ -182,6 +183,10 @@ def test_a_run_is_only_resumed_under_its_own_settings(tmp_path):
     check_same_run(mine)
     (tmp_path / "la_dapo" / "latest_checkpointed_iteration.txt").write_text("10")
     check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "trainer.total_training_steps=80", "trainer.test_freq=5"))
+    # What errors advise to raise, and what costs memory only.
+    raised = ["groups.max_failed=32", "groups.max_rounds=20", "data.val_batch_size=16"]
+    check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", *raised, "data.future_l1.frame_cache_mb=1"))
+    check_same_run(mine)
     with pytest.raises(ConfigError, match=r"latent\.weight: 0\.5 -> 1"):
         check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1"))
     check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1", "trainer.resume_mode=disable"))

@@ -213,6 +213,7 @@ def test_two_engines_and_two_ranks(out):
         assert data["rollout_gap/latent_max"] <= 1e-4
         assert data["actor/text/ratio_gap_first_max"] <= 1e-4
         assert data["rollout/engines_per_group"] == 1
+        assert data["actor/ranks_per_group"] == 1
         assert data["rollout/busiest_engine"] <= (0.75 if step == 1 else 0.5)  # the first requests come as they may
         assert data["pixels/prompts"] == 4
         for name in ("text", "latent"):

@@ -282,3 +282,29 @@ def test_a_prompt_that_does_not_fit_is_named():
     engine._llm = SimpleNamespace(model_config=SimpleNamespace(max_model_len=6))
     with pytest.raises(ConfigError, match="prompt 3: a prompt of 2 tokens and an answer of up to 5 do not fit"):
         engine._request(ask(3), {}, {})
+
+
+def test_a_stop_iteration_of_the_work_is_no_end():
+    def work(item):
+        if item == 1:
+            raise StopIteration
+        return item
+
+    with Ahead(range(3), work, limit=2) as results:
+        assert next(results) == 0
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            next(results)
+        assert list(results) == [2]
+
+
+def test_what_the_items_raise_comes_after_the_results_before_it():
+    def items():
+        yield 0
+        yield 1
+        raise ValueError("no third")
+
+    with Ahead(items(), lambda item: item, limit=4) as results:
+        assert [next(results), next(results)] == [0, 1]
+        with pytest.raises(ValueError, match="no third"):
+            next(results)
+        assert list(results) == []

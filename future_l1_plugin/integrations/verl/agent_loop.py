@@ -93,6 +93,8 @@ class LatentAgentLoop(AgentLoopBase):
                 )
             except RequestAborted as error:  # Ray's copy of it, which shows the server's traceback, too
                 raise PromptFailed(str(getattr(error, "cause", error))) from error
+        if "forced" not in output.extra_fields:  # the engine takes no requests now
+            raise PromptFailed(f"its request was {output.stop_reason} before it was decoded")
         forced = output.extra_fields.pop("forced")
         latent_id = self.tokenizer.convert_tokens_to_ids(LATENT)
         # An end marker that the budget forced is no action; a latent is one, under the id that was forced for it.
@@ -141,6 +143,7 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         AgentLoopWorker.__init__(self, *args, **kwargs)
         tq.init()
         self.background_tasks: set[asyncio.Task] = set()
+        self._tagging = asyncio.Lock()
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         try:
@@ -158,7 +161,8 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             else:
                 tag |= {ERROR: f"{type(error).__name__}: {error}", FATAL: True}  # stays, whatever a sibling says
             partition = "val" if trajectory["validate"] else "train"
-            await tq.async_kv_put(key=kwargs["uid"], partition_id=partition, tag=tag)
+            async with self._tagging:  # TransferQueue reads, merges and writes: siblings would lose each other's tags
+                await tq.async_kv_put(key=kwargs["uid"], partition_id=partition, tag=tag)
             raise
 
     def _compute_multi_modal_inputs(self, output: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:

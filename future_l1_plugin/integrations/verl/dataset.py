@@ -227,3 +227,12 @@ def _selected(prompts: list[RlPrompt], most: int, config: Mapping[str, Any]) -> 
         return prompts[:most]
     drawn = np.random.default_rng(config.get("seed") or 0).choice(len(prompts), size=most, replace=False)
     return [prompts[i] for i in drawn]
+
+
+def even_out(loader: Any) -> None:
+    """Batches of about one size, as many as before: a last one of a single question would be lost with that question.
+
+    loader: a data loader that has not begun.
+    """
+    batches = loader.batch_sampler
+    batches.batch_size = -(-len(loader.dataset) // len(batches))

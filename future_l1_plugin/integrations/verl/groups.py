@@ -66,7 +66,12 @@ class GroupBuffer(ReplayBuffer):
             kept = sorted(self.finished_keys[partition_id])
             if len(kept) >= batch_size or (kept and not training):
                 break
-            if round_ == self.groups.max_rounds or not training:
+            if not training:
+                raise RolloutError(
+                    f"all {batch_size} questions of a batch of the validation failed; the log names them. Mend them, "
+                    "or leave them out of data.val_files"
+                )
+            if round_ == self.groups.max_rounds:
                 raise RolloutError(self._starved(len(kept), batch_size, seen))
             self.refill_fn(math.ceil((batch_size - len(kept)) * self.groups.refill))
         chosen, surplus = kept[:batch_size], set(kept[batch_size:])
@@ -173,6 +178,23 @@ def whole_groups(keys: list[str], lengths: list[int], ranks: int) -> list[int] |
     work = calculate_workload(torch.tensor(lengths)).tolist()
     shares = get_seqlen_balanced_partitions([sum(work[i] for i in group) for group in members], ranks, equal_size=True)
     return [i for share in shares for group in sorted(share) for i in members[group]]
+
+
+def rank_metrics(keys: list[str], lengths: list[int], ranks: int) -> dict[str, float]:
+    """Ranks among which a group is spread, and tokens of the rank with the fewest and the most, in the batch's order.
+
+    The last two stand in for verl's figures of the order that it had made.
+    """
+    share = len(keys) // ranks
+    of_group: dict[str, set[int]] = {}
+    for i, key in enumerate(keys):
+        of_group.setdefault(_place(key)[0], set()).add(i // share)
+    tokens = [sum(lengths[rank * share : (rank + 1) * share]) for rank in range(ranks)]
+    return {
+        "actor/ranks_per_group": sum(map(len, of_group.values())) / len(of_group),
+        "global_seqlen/balanced_min": min(tokens),
+        "global_seqlen/balanced_max": max(tokens),
+    }
 
 
 def _place(key: str) -> tuple[str, int, int]:

@@ -23,7 +23,14 @@ from future_l1_plugin.integrations.verl import memory
 from future_l1_plugin.integrations.verl.memory import GIB
 from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
-from future_l1_plugin.integrations.verl.shape import counts_of, hf_config, make_setup, processor_of, way_out
+from future_l1_plugin.integrations.verl.shape import (
+    counts_of,
+    hf_config,
+    make_setup,
+    pass_tokens,
+    processor_of,
+    way_out,
+)
 
 DEFAULT_GPU = 80.0  # GiB
 
@@ -195,6 +202,11 @@ def _machine(config: DictConfig, gpu_memory: float | None, plan: Plan) -> tuple[
     if gpus:
         found = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
         lines.append(f"{gpus} x {torch.cuda.get_device_name(0)}, {found / GIB:.1f} GiB; wanted are {nodes} x {wanted}")
+        if gpus < wanted and gpu_memory is None:
+            plan.problems.append(
+                f"trainer.n_gpus_per_node is {wanted}, this machine has {gpus} GPUs. Set it to {gpus}, or plan for "
+                "another machine with --gpu-memory GIB"
+            )
     else:
         found = int(DEFAULT_GPU * GIB)
         lines.append(f"no GPU; planned for {nodes} x {wanted} with {gpu_memory or DEFAULT_GPU:g} GiB (--gpu-memory)")
@@ -255,7 +267,7 @@ def _step(config: DictConfig, m: memory.ModelCounts, processor: Any) -> list[str
         f"rollout: {prompts * shown:,} tokens of prompts, {prompts * n * data.max_response_length:,} decoded",
         f"{'old log-probabilities, reference' if actor.use_kl_loss else 'old log-probabilities'} and update: "
         f"{prompts * n * longest:,} tokens each, on each GPU "
-        f"{math.ceil(prompts * n * longest / gpus / actor.ppo_max_token_len_per_gpu):,} micro-batches",
+        f"{math.ceil(prompts * n * longest / gpus / pass_tokens(config, actor, 'ppo')):,} micro-batches",
     ]
     if processor is not None:
         video = processor.video_processor
@@ -264,9 +276,16 @@ def _step(config: DictConfig, m: memory.ModelCounts, processor: Any) -> list[str
         lines.append(f"a clip has at most {most:,} tokens, by the checkpoint's video processor")
         shown = min(shown, most) if data.future_l1.question_media == "video" else shown
     bytes_ = shown * m.patches * m.patch * size
+    # At once: a step's and those asked for anew in a round in which all were filtered, or a batch of a validation.
+    refilled = prompts + math.ceil(prompts * config.get("groups", {}).get("refill", 1.5))
+    held = max(refilled, data.get("val_batch_size", None) or 0)
     lines.append(
         f"pixels of a prompt: {bytes_ / 2**20:,.0f} MiB ({shown:,} tokens x {m.patches} patches x {m.patch:,} numbers "
-        f"of {size} bytes); of a step: {prompts * bytes_ / GIB:,.1f} GiB in Ray's object store, once a prompt"
+        f"of {size} bytes); of a step: {prompts * bytes_ / GIB:,.1f} GiB, once a prompt"
+    )
+    lines.append(
+        f"Ray's object store holds the pixels of at most {held} prompts at once: {held * bytes_ / GIB:,.1f} GiB, in "
+        "/dev/shm (Ray spills to disk what does not fit: ray_kwargs.ray_init.object_store_memory, docker's --shm-size)"
     )
     return lines
 

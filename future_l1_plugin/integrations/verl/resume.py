@@ -23,7 +23,12 @@ _FREE = (
     "actor_rollout_ref.rollout.val_kwargs",
     "data.val_files",
     "data.val_max_samples",
+    "data.val_batch_size",
     "data.gen_batch_size",
+    "data.future_l1.frame_cache_mb",
+    # What a run that had reached them is advised to raise; steps that stayed within them are the same.
+    "groups.max_failed",
+    "groups.max_rounds",
 )
 
 

@@ -152,8 +152,9 @@ class LatentVLLMServer(vLLMHttpServer):
         finally:
             if last is None:
                 self._admitting -= 1
-        if last is None or not last.outputs or last.outputs[0].finish_reason == "abort":
-            raise RequestAborted(f"request {request_id}: generation was aborted")
+        reason = last.outputs[0].finish_reason if last is not None and last.outputs else "abort"
+        if reason in ("abort", "error"):  # "error": vLLM could not process it, or missed its pixels in a cache
+            raise RequestAborted(f"request {request_id}: vLLM ended it with {reason!r}, see the engine's log")
         return last
 
 

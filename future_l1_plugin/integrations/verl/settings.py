@@ -175,6 +175,12 @@ def check_host(config: DictConfig) -> None:
             actor.policy_loss.loss_mode,
             "vanilla",
         ),
+        (
+            config.trainer.get("critic_warmup", 0) != 0,  # steps without an update, for a critic that is not there
+            "trainer.critic_warmup",
+            config.trainer.get("critic_warmup", 0),
+            0,
+        ),
         (actor.entropy_coeff != 0, "actor_rollout_ref.actor.entropy_coeff", actor.entropy_coeff, 0),
         (config.algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, False),
         (

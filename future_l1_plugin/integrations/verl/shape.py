@@ -118,9 +118,9 @@ def make_setup(config: DictConfig, gpu_bytes: int) -> Setup:
     return Setup(
         gpus=fsdp.fsdp_size if fsdp.fsdp_size > 0 else gpus,
         gpu_bytes=gpu_bytes,
-        tokens=actor.ppo_max_token_len_per_gpu,
-        old_tokens=rollout.log_prob_max_token_len_per_gpu,
-        reference_tokens=worker.ref.log_prob_max_token_len_per_gpu if actor.use_kl_loss and not lora else None,
+        tokens=pass_tokens(config, actor, "ppo"),
+        old_tokens=pass_tokens(config, rollout, "log_prob"),
+        reference_tokens=pass_tokens(config, worker.ref, "log_prob") if actor.use_kl_loss and not lora else None,
         checkpointing=worker.model.enable_gradient_checkpointing,
         model_dtype=_bytes(fsdp.model_dtype),
         param_dtype=_bytes(mixed.get("param_dtype", "bf16")),
@@ -147,6 +147,18 @@ def make_setup(config: DictConfig, gpu_bytes: int) -> Setup:
     )
 
 
+def pass_tokens(config: DictConfig, section: DictConfig, name: str) -> int:
+    """Tokens of a micro-batch, at most: verl fills it by tokens, or with a number of samples of any length.
+
+    section, name: the section whose keys are `NAME_max_token_len_per_gpu` and `NAME_micro_batch_size_per_gpu`.
+    """
+    dynamic = section.use_dynamic_bsz if name == "ppo" else section.log_prob_use_dynamic_bsz
+    if dynamic:
+        return section[f"{name}_max_token_len_per_gpu"]
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    return longest * (section[f"{name}_micro_batch_size_per_gpu"] or 1)
+
+
 def way_out(config: DictConfig, m: ModelCounts, s: Setup) -> str:
     """The keys that would make it fit, each tried on the same arithmetic."""
     tried = dict(_changes(config, s))
@@ -168,7 +180,7 @@ def _changes(config: DictConfig, s: Setup) -> Iterator[tuple[str, dict[str, Any]
                 if trainer.nnodes == 1 and gpus >= 8:
                     break
     longest = data.max_prompt_length + data.max_response_length
-    if s.tokens > longest:
+    if s.tokens > longest and config.actor_rollout_ref.actor.use_dynamic_bsz:
         fewer = {"tokens": longest, "old_tokens": longest}
         fewer |= {"reference_tokens": longest} if s.reference_tokens is not None else {}
         yield f"{_WORKER}.actor.ppo_max_token_len_per_gpu={longest}", fewer

@@ -20,8 +20,9 @@ from future_l1_plugin.compat import require
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.correction import WEIGHTS, weights_of
+from future_l1_plugin.integrations.verl.dataset import even_out
 from future_l1_plugin.integrations.verl.engine import ANGLE, LATENT, RETURN_ANGLE, RETURN_MU, latent_settings
-from future_l1_plugin.integrations.verl.groups import GroupBuffer, whole_groups
+from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.pixels import keeper
@@ -65,6 +66,10 @@ class LaDapoTrainer(PPOTrainerSync):
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
         self.tokens = LatentTokens.from_tokenizer(self.tokenizer)  # CheckpointError before any worker starts
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        even_out(self.val_dataloader)
 
     def _build_replay_buffer(self) -> GroupBuffer:
         sampler = self.config.trainer.v1.sampler
@@ -133,6 +138,7 @@ class LaDapoTrainer(PPOTrainerSync):
         order = whole_groups(batch.keys, [tag["seq_len"] for tag in batch.tags], ranks)
         if order is not None:
             batch.reorder(order)
+        metrics.update(rank_metrics(batch.keys, [tag["seq_len"] for tag in batch.tags], ranks))
         return batch
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:

@@ -47,6 +47,8 @@ class Ahead(Generic[Item, Result]):
             raise StopIteration
         try:
             return self._begun.popleft().result()
+        except StopIteration as error:  # of the work: for whoever iterates it would be the end
+            raise RuntimeError("what reads a prompt ahead raised StopIteration") from error
         finally:
             self._begin()
 
@@ -60,5 +62,11 @@ class Ahead(Generic[Item, Result]):
             try:
                 item = next(self._items)
             except StopIteration:
+                return
+            except Exception as error:  # in its turn, after the results before it
+                failed: Future[Result] = Future()
+                failed.set_exception(error)
+                self._begun.append(failed)
+                self._items = iter(())
                 return
             self._begun.append(self._pool.submit(self._work, item))
