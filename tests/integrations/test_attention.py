@@ -39,6 +39,7 @@ def test_sdpa_by_one_key_and_the_micro_recipe_need_no_package(monkeypatch):
     assert attention(recipe("la_dapo")) == "flash_attention_2", "verl's default"
     LaDapoTrainer(recipe("la_dapo", SDPA))
     LaDapoTrainer(recipe("la_dapo_micro"))
+    assert not ray.is_initialized()
 
 
 def test_sft_asks_before_it_loads(tmp_path, monkeypatch):

@@ -51,7 +51,6 @@ class LaDapoTrainer(PPOTrainerSync):
             config.data.gen_batch_size = 1  # so that any number of prompts can be asked for anew
         super().__init__(config)
         self._submitted = (0, 0)  # step, prompts of it
-        self._pixels = keeper()
         self._logged = b""
 
     @property
@@ -96,6 +95,7 @@ class LaDapoTrainer(PPOTrainerSync):
                 self.role_worker_mapping[role] = ray.remote(LatentWorker)
 
     def on_init_end(self) -> None:
+        self._pixels = keeper()  # before any agent loop asks for it: it ends with who made it
         corrected = self.settings.correction is not None
         self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent, corrected))
         super().on_init_end()
