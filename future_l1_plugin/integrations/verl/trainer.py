@@ -18,6 +18,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from future_l1_plugin.compat import require
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
+from future_l1_plugin.integrations.verl import advantage  # noqa: F401 (registers itself, also if this module comes first)
 from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.correction import WEIGHTS, weights_of
 from future_l1_plugin.integrations.verl.dataset import even_out
