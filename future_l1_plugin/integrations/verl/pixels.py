@@ -14,7 +14,7 @@ no field that several samples share.
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor
 
 from future_l1_plugin.errors import DataError
+from future_l1_plugin.integrations.verl.keeper import Keeper
 from future_l1_plugin.integrations.vllm.media import MEDIA, media_hashes
 
 #: Key in a sample's `multi_modal_inputs`: the prompt (its uid) whose pixels belong to it.
@@ -138,30 +139,6 @@ def restored(batch: TensorDict) -> TensorDict:
     batch = batch.copy()
     batch["multi_modal_inputs"] = NonTensorStack(*(NonTensorData(row) for row in rows))
     return batch
-
-
-class Keeper:
-    """References to the pixels of the groups under way: a Ray actor, one a run."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, int]] = {}
-
-    def put(self, uid: str, references: list[Any], size: int) -> None:
-        self._kept[uid] = (references[0], size)
-
-    def get(self, uids: list[str]) -> list[Any]:
-        """One reference a prompt; None for one that is not kept."""
-        return [self._kept.get(uid, (None, 0))[0] for uid in uids]
-
-    def drop(self, uids: Iterable[str]) -> None:
-        for uid in uids:
-            self._kept.pop(uid, None)
-
-    def clear(self) -> dict[str, float]:
-        """Drop all; says how much it was."""
-        found = {"pixels/prompts": len(self._kept), "pixels/gib": sum(size for _, size in self._kept.values()) / 2**30}
-        self._kept.clear()
-        return found
 
 
 def keeper() -> Any:
