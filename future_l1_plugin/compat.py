@@ -254,7 +254,7 @@ def require_attention(name: str | None, key: str, price: str = "at the price of 
 
     Raises:
         EnvironmentMismatch: flash_attention_2 without flash-attn, with one out of range, or with one that does not load
-            (it was built for another torch). The message has the command that mends it and the key that avoids it.
+            (it was built for another torch). The message has the command that fixes it and the key that avoids it.
     """
     if name != "flash_attention_2":
         return

@@ -530,46 +530,15 @@ def imports(args: argparse.Namespace) -> list[list[str]]:
 
 # Bytes of a step ------------------------------------------------------------------------------------------------------
 
-#: The full recipe: prompts a step, and bytes of a prompt's pixels in float32 at the cap of Qwen3-VL's video processor
-#: (12,288 tokens of 4 patches, each 3 x 2 x 16 x 16 numbers).
-FULL = {"prompts": 64, "pixels": 12288 * 4 * 1536 * 4}
-
 
 def bytes_of_a_step(args: argparse.Namespace) -> list[list[str]]:
     import rl_bytes
 
-    steps, prompts, found = 2, 8, {}
-    ranks = ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2", "reward.num_workers=1"]
-    for name in ("verl", "ours"):
-        say(f"bytes: {steps} steps of la_dapo_micro, pixels sent as {name} does")
-        with tempfile.TemporaryDirectory() as folder:
-            counts = Path(folder) / "counts"
-            # The micro model computes in float32; where models compute in bfloat16, pixels weigh half of this.
-            run_recipe(Path(folder), steps, *ranks, *rl_bytes.probe(counts, name == "verl"))
-            found[name] = {key: value / steps for key, value in rl_bytes.counted(counts).items()}
-        say("  " + ", ".join(f"{key} {value / 1e6:.2f} MB" for key, value in sorted(found[name].items())))
-    copied = {
-        name: {kind: sum(each.get(f"{way}: {kind}", 0) for way in rl_bytes.COPIES) for kind in ("pixels", "other")}
-        for name, each in found.items()
-    }
-    # How often a prompt's pixels are copied does not depend on their size.
-    once = found["ours"]["store put: pixels"] / prompts
-    times = {name: each["pixels"] / (prompts * once) for name, each in copied.items()}
-    full = {
-        "verl": times["verl"] * FULL["prompts"] * FULL["pixels"],
-        "ours": times["ours"] * FULL["prompts"] * FULL["pixels"] / 2,
-    }
-    both = {name: sum(each.values()) for name, each in copied.items()}
-    return [
-        bytes_row("micro recipe, all fields", both["verl"], both["ours"], 1e6, "MB"),
-        bytes_row("full recipe, pixels (bf16)", full["verl"], full["ours"], 1e9, "GB"),
-    ]
-
-
-def bytes_row(what: str, peer: float, ours: float, unit: float, name: str) -> list[str]:
-    share = ours / peer
-    a, b = (f"{value / unit:.1f} {name} a step" for value in (peer, ours))
-    return row("bytes", what, a, b, f"1/{1 / share:.0f}", "1/8 or less", share <= 1 / 8)
+    found = []
+    for what, peer, ours, unit in rl_bytes.measure(run_recipe, say):
+        a, b = (f"{value:.1f} {unit} a step" for value in (peer, ours))
+        found.append(row("bytes", what, a, b, f"1/{peer / ours:.0f}", "1/8 or less", ours / peer <= 1 / 8))
+    return found
 
 
 def main() -> None:

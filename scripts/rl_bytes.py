@@ -13,13 +13,47 @@ The peer is what verl's own agent loop does: pixels in float32, with each rollou
 
 import json
 import os
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+#: The full recipe: prompts a step, and bytes of a prompt's pixels in float32 at the cap of Qwen3-VL's video processor
+#: (12,288 tokens of 4 patches, each 3 x 2 x 16 x 16 numbers).
+PROMPTS, PIXEL_BYTES = 64, 12288 * 4 * 1536 * 4
+STEPS, MICRO_PROMPTS = 2, 8
+RANKS = ("trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2", "reward.num_workers=1")
 COPIES = ("queue put", "queue read", "store put", "request")
 PIXELS = ("pixel_values", "pixel_values_videos")
 MODULE = "rl_bytes_probe"
+
+
+def measure(run: Callable[..., Path], say: Callable[[str], None]) -> list[tuple[str, float, float, str]]:
+    """(what, the peer's, ours, unit) of a step. run: `bench_rl.run_recipe`; say: where progress goes."""
+    found = {}
+    for name in ("verl", "ours"):
+        say(f"bytes: {STEPS} steps of la_dapo_micro, pixels sent as {name} does")
+        with tempfile.TemporaryDirectory() as folder:
+            counts = Path(folder) / "counts"
+            run(Path(folder), STEPS, *RANKS, *probe(counts, peer=name == "verl"))
+            found[name] = {key: value / STEPS for key, value in counted(counts).items()}
+        say("  " + ", ".join(f"{key} {value / 1e6:.2f} MB" for key, value in sorted(found[name].items())))
+    pixels = {name: copied(each, "pixels") for name, each in found.items()}
+    both = {name: pixels[name] + copied(each, "other") for name, each in found.items()}
+    # How often a prompt's pixels are copied does not depend on their size. The micro models compute in float32; where
+    # models compute in bfloat16, ours weigh half.
+    once = found["ours"]["store put: pixels"] / MICRO_PROMPTS
+    full = {name: each / (MICRO_PROMPTS * once) * PROMPTS * PIXEL_BYTES for name, each in pixels.items()}
+    return [
+        ("micro recipe, all fields", both["verl"] / 1e6, both["ours"] / 1e6, "MB"),
+        ("full recipe, pixels (bf16)", full["verl"] / 1e9, full["ours"] / 2 / 1e9, "GB"),
+    ]
+
+
+def copied(counts: Mapping[str, float], kind: str) -> float:
+    """Bytes of a kind, pixels or other, by all ways that copy."""
+    return sum(counts.get(f"{way}: {kind}", 0) for way in COPIES)
 
 
 def install(folder: str, peer: bool) -> None:

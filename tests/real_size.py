@@ -4,6 +4,7 @@ Values are those of config.json of Qwen/Qwen3-VL-8B-Instruct; 8,767,123,696 para
 are the first three behind the real tokenizer's 151,669 entries, inside the vocabulary of 151,936 rows.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,17 @@ def qwen3_vl_8b(latent: bool = True, layers: int = 36, **latent_keys: Any) -> An
     """
     from transformers import Qwen3VLConfig
 
+    from future_l1_plugin.gpu_check.models import FULL
     from future_l1_plugin.model import LatentConfig
 
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 262144,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": rope,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-    }
-    vision = {
-        "depth": 27,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_heads": 16,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 4096,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [8, 16, 24],
-    }
+    text = deepcopy(FULL.text) | {"num_hidden_layers": layers, "bos_token_id": 151643, "eos_token_id": 151645}
     tokens = {
         "image_token_id": 151655,
         "video_token_id": 151656,
         "vision_start_token_id": 151652,
         "vision_end_token_id": 151653,
     }
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    config = Qwen3VLConfig(text_config=text, vision_config=dict(FULL.vision), tie_word_embeddings=False, **tokens)
     config.architectures = ["Qwen3VLForConditionalGeneration"]
     if latent:
         LatentConfig(LATENT_ID, LATENT_START_ID, LATENT_END_ID, **latent_keys).to_hf(config)

@@ -93,7 +93,7 @@ def check_lengths(
     """Prompts of at most `most` tokens; the others are bad, as rows are in `load_prompts`.
 
     Args:
-        hint: what to do about a prompt that is too long; ends the sentence "Raise .., or ..".
+        hint: what to do about a prompt that is too long, in whole sentences.
 
     Raises:
         DataError: with "raise", one error for all bad prompts; with "skip", if none is left.

@@ -25,18 +25,8 @@ from future_l1_plugin.journal import key_of
 from future_l1_plugin.latent.tokens import END, START
 from future_l1_plugin.model import LatentConfig, generate
 from future_l1_plugin.model.batch import left_padded
-from future_l1_plugin.model.objective import latent_targets
+from future_l1_plugin.model.objective import OURS, latent_targets
 from future_l1_plugin.rewards.diversity import mean_adjacent_cosine
-
-OURS = (
-    "labels",
-    "response_start",
-    "latent_frames",
-    "latent_pixel_values",
-    "latent_grid_thw",
-    "blank_pixel_values",
-    "blank_grid_thw",
-)
 
 
 def by_hop(rows: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -201,5 +191,5 @@ def prompt_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: value[:, :end] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else value
         for name, value in batch.items()
-        if name not in OURS
+        if name not in ("labels", *OURS)
     }

@@ -25,7 +25,7 @@ from torch import Tensor
 from future_l1_plugin.gpu_check.models import FULL, TINY, Shape, build, layers_that_fit
 from future_l1_plugin.gpu_check.passes import Computed, Rollouts, decode, packed, padded
 from future_l1_plugin.gpu_check.results import Recorder
-from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, latent_log_prob
+from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, angle_between, latent_log_prob
 from future_l1_plugin.latent import build_policy
 
 EXACT, ROUNDED, OUTSIDE = 1e-3, 0.1, 0.2
@@ -51,7 +51,7 @@ def measure(results: Recorder, shape: Shape, setting, dtype: torch.dtype, batch:
     results.number(f"{name}: text layers of width {text.hidden_size}", text.num_hidden_layers)
     rollouts, decoding = decode(model, build_policy(**POLICY), batch, prompt, tokens)
     results.number(f"{name}: latents in {batch} responses", len(decoding.mu))
-    neighbours = angle(decoding.mu[1:], decoding.mu[:-1])
+    neighbours = angle_between(decoding.mu[1:], decoding.mu[:-1])
     results.spread(f"{name}: angle of neighbouring mu, for scale", neighbours, "rad")
     ways = {
         "decoding": decoding,
@@ -67,7 +67,7 @@ def measure(results: Recorder, shape: Shape, setting, dtype: torch.dtype, batch:
 def compare(results: Recorder, pair: str, first: Computed, second: Computed, rollouts: Rollouts, exact: bool) -> None:
     """Angles, gaps, and what they make of the ratios."""
     limits = {"max": EXACT} if exact else {"median": ROUNDED}
-    results.spread(f"{pair}: angle of mu", angle(first.mu, second.mu), "rad", **limits)
+    results.spread(f"{pair}: angle of mu", angle_between(first.mu, second.mu), "rad", **limits)
     gap = first.text.double() - second.text.double()
     results.spread(f"{pair}: text log-probability, |gap|", gap.abs(), "nats", **limits)
     clip = LaDapoLoss()
@@ -90,9 +90,3 @@ def compare(results: Recorder, pair: str, first: Computed, second: Computed, rol
 def outside(log_ratio: Tensor, low: float, high: float) -> float:
     """The share of ratios outside [1 - low, 1 + high]."""
     return float(((log_ratio < math.log(1 - low)) | (log_ratio > math.log(1 + high))).double().mean())
-
-
-def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Radians (K,) between rows, in float64; by the chord, which acos is too blunt for where they nearly agree."""
-    unit = (torch.nn.functional.normalize(rows.double(), dim=-1) for rows in (a, b))
-    return 2 * ((next(unit) - next(unit)).norm(dim=-1) / 2).clamp(max=1).asin()

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from future_l1_plugin.gpu_check.a_precision import angle, compare
+from future_l1_plugin.gpu_check.a_precision import compare
 from future_l1_plugin.gpu_check.environment import ROOT
 from future_l1_plugin.gpu_check.models import FULL
 from future_l1_plugin.gpu_check.passes import Computed, Rollouts, padded
 from future_l1_plugin.gpu_check.results import Recorder, Skip
+from future_l1_plugin.la_dapo import angle_between
 
 STEPS, ROWS = 40, 16
 TEXT = "The ball moves to the left, then it falls behind the box. Where will it be {} steps later?"
@@ -179,7 +180,7 @@ def rollouts(results: Recorder, llm: Any, path: Path, setting, dtype: str) -> No
     if dtype == "bfloat16":
         compare(results, name, ours, theirs, rolled, exact=False)
         return
-    results.spread(f"{name}: angle of mu", angle(ours.mu, theirs.mu), "rad", median=LOOSE)
+    results.spread(f"{name}: angle of mu", angle_between(ours.mu, theirs.mu), "rad", median=LOOSE)
     results.spread(f"{name}: text log-probability, |gap|", (ours.text - theirs.text).abs(), "nats", median=LOOSE)
 
 

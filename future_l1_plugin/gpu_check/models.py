@@ -5,6 +5,7 @@ one. It lacks the outlier channels of trained ones, so what it says about bf16 i
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from future_l1_plugin.model import tiny
 from future_l1_plugin.model.config import LatentConfig
 
 #: Standard deviation of the logits: token probabilities are then about as uneven as those of a trained model.
@@ -31,8 +33,8 @@ class Shape:
         text = self.text if layers is None else self.text | {"num_hidden_layers": layers}
         start, end, image, video = range(self.ids + 3, self.ids + 7)
         config = Qwen3VLConfig(
-            text_config=dict(text),
-            vision_config=dict(self.vision),
+            text_config=deepcopy(text),  # transformers writes into nested dicts
+            vision_config=deepcopy(self.vision),
             image_token_id=image,
             video_token_id=video,
             vision_start_token_id=start,
@@ -42,10 +44,6 @@ class Shape:
         # Two spans a response, of a fixed length: `OpenSpans` opens them.
         LatentConfig(self.ids, self.ids + 1, self.ids + 2).to_hf(config)
         return config
-
-
-def _rope(theta: float, section: list[int]) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta, "mrope_section": section, "mrope_interleaved": True}
 
 
 #: Qwen3-VL-8B.
@@ -59,8 +57,9 @@ FULL = Shape(
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=262144,
+        rms_norm_eps=1e-6,
         tie_word_embeddings=False,
-        rope_parameters=_rope(5e6, [24, 20, 20]),
+        rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
     ),
     vision=dict(
         depth=27,
@@ -83,34 +82,7 @@ MIDDLE = Shape(
     vision=FULL.vision | dict(depth=2, out_hidden_size=1024, deepstack_visual_indexes=[1]),
     ids=32000,
 )
-TINY = Shape(
-    text=dict(
-        vocab_size=512,
-        hidden_size=128,
-        initializer_range=0.06,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        rope_parameters=_rope(1e3, [6, 5, 5]),
-    ),
-    vision=dict(
-        depth=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=4,
-        patch_size=16,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=128,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[1],
-    ),
-    ids=500,
-)
+TINY = Shape(text=tiny.TEXT | dict(tie_word_embeddings=False), vision=tiny.VISION, ids=500)
 
 
 class NoText:

@@ -1,6 +1,6 @@
 """The same rollouts, computed in several ways: mu at each latent, log-probability of each token that was chosen.
 
-`decode` with a key-value cache, a token at a time; the others in one teacher-forced pass through `LatentChannel`, as
+`decode` with a key-value cache, token by token; the others in one teacher-forced pass through `LatentChannel`, as
 the actor computes them. Rows of what they return lie in one order, so that they can be compared element by element.
 """
 

@@ -33,7 +33,7 @@ from future_l1_plugin.latent.policy import build_policy
 from future_l1_plugin.model.config import LatentConfig
 
 #: Keys of a batch that are not arguments of the model.
-_OURS = (
+OURS = (
     "latent_pixel_values",
     "latent_grid_thw",
     "latent_frames",
@@ -218,7 +218,7 @@ def sft_losses(
         mine = own_latents(model, config, batch, own.passes, own.mean_cosine, generator)
         mine = mine.split([len(row) for row in targets])
         fed = [a if is_own else b for a, b, is_own in zip(mine, targets, drawn.tolist(), strict=True)]
-    inputs = {key: value for key, value in batch.items() if key not in _OURS}
+    inputs = {key: value for key, value in batch.items() if key not in OURS}
     with LatentChannel(model, config.tokens) as channel, _as_with_pictures(model, batch):
         channel.feed(fed, batch["response_start"])
         ce = model(**inputs).loss

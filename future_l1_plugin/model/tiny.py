@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -21,6 +22,34 @@ PLAIN = (
 #: The pre-trained micro base that ships with the package (made by scripts/make_micro_base.sh).
 MICRO_BASE = Path(__file__).parent / "micro_base"
 VOCABULARY = 512  # rows of the embedding: 256 bytes, merges, special tokens, room for the latent ones
+
+#: Sizes of the text decoder and of the vision tower.
+TEXT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    initializer_range=0.06,  # 0.02 is for widths of a thousand and more; here it slows learning down
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=32768,
+    tie_word_embeddings=True,
+    rope_parameters=dict(rope_type="default", rope_theta=1e3, mrope_section=[6, 5, 5], mrope_interleaved=True),
+)
+VISION = dict(
+    depth=3,
+    hidden_size=128,
+    initializer_range=0.06,
+    intermediate_size=256,
+    num_heads=4,
+    patch_size=16,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    out_hidden_size=128,
+    num_position_embeddings=64,
+    deepstack_visual_indexes=[1],
+)
 
 #: What the byte-pair merges are learned from: the words of the micro world, so that its texts stay short.
 _CELLS = " ".join(column + row for column in "abcd" for row in "wxyz")
@@ -111,35 +140,9 @@ def make_tiny(out_path: str | Path, seed: int = 0, latent: bool = True, system_p
         chat_template=template,
     )
     config = Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=VOCABULARY,
-            hidden_size=128,
-            initializer_range=0.06,  # 0.02 is for widths of a thousand and more; here it slows learning down
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            pad_token_id=ids["<|endoftext|>"],
-            eos_token_id=ids["<|im_end|>"],
-            bos_token_id=ids["<|endoftext|>"],
-            rope_parameters=dict(rope_type="default", rope_theta=1e3, mrope_section=[6, 5, 5], mrope_interleaved=True),
-        ),
-        vision_config=dict(
-            depth=3,
-            hidden_size=128,
-            initializer_range=0.06,
-            intermediate_size=256,
-            num_heads=4,
-            patch_size=16,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            out_hidden_size=128,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[1],
-        ),
+        text_config=deepcopy(TEXT)  # transformers writes into nested dicts
+        | dict(pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=ids["<|endoftext|>"]),
+        vision_config=deepcopy(VISION),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

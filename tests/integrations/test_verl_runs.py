@@ -116,6 +116,7 @@ def test_each_step_reports_what_a_user_looks_for(first):
     ):
         assert isinstance(first[1][name], float | int), name
     assert first[1]["latent/responses_with_span"] > 0
+    assert first[1]["pixels/prompts"] == 2, "the step's own; those of the validation before it are gone"
     assert any(key.startswith("val-core/futurebench/hop1/acc") for key in first[0])
     assert any(key.startswith("val-core/futurebench/hop1/acc") for key in first[2])
 

@@ -68,7 +68,7 @@ class GroupBuffer(ReplayBuffer):
                 break
             if not training:
                 raise RolloutError(
-                    f"all {batch_size} questions of a batch of the validation failed; the log names them. Mend them, "
+                    f"all {batch_size} questions of a batch of the validation failed; the log names them. Fix them, "
                     "or leave them out of data.val_files"
                 )
             if round_ == self.groups.max_rounds:
@@ -122,7 +122,7 @@ class GroupBuffer(ReplayBuffer):
             shown = "".join(f"\n  {tag[PROMPT_ID]}: {tag[ERROR]}" for tag in list(failed.values())[:5])
             raise RolloutError(
                 f"{before + len(failed)} prompts of the step failed, groups.max_failed is {self.groups.max_failed}. "
-                f"Mend them, leave them out of the data, or raise it:{shown}"
+                f"Fix them, leave them out of the data, or raise it:{shown}"
             )
         self._clear_groups(partition_id, set(failed))
         return len(failed)

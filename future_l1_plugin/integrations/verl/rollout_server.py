@@ -27,6 +27,7 @@ from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
 from future_l1_plugin.integrations.verl.failures import RequestAborted
 from future_l1_plugin.integrations.verl.pixels import Packed, opened, unpack
 from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER, Sampling, Wave, seed_of
+from future_l1_plugin.integrations.vllm.media import MEDIA
 from future_l1_plugin.la_dapo import Tempering
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, generate, load
@@ -34,8 +35,6 @@ from future_l1_plugin.model.batch import left_padded
 
 QUIET_S = 0.02  # requests without a wave: a batch is closed when none has come for so long
 WAVE_TIMEOUT_S = 120.0
-
-_MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
 @dataclass(eq=False)
@@ -215,11 +214,11 @@ class LatentHFServer:
                     f"request {request_id}: {name} of mm_inputs differs from what prompt_ids give. Expected the "
                     "processor's output for this very prompt, neither padded nor cut"
                 )
-        if unknown := sorted(set(given) - {name for pair in _MEDIA for name in pair}):
+        if unknown := sorted(set(given) - {name for _, *names in MEDIA for name in names}):
             raise ConfigError(f"request {request_id}: mm_inputs has {', '.join(unknown)}, which Qwen3-VL does not take")
         merged = config.vision_config.spatial_merge_size**2
-        for (pixels, grid), token in zip(_MEDIA, (config.image_token_id, config.video_token_id), strict=True):
-            found = int((ids == token).sum())
+        for kind, pixels, grid in MEDIA:
+            found = int((ids == getattr(config, f"{kind}_token_id")).sum())
             brought = int(given[grid].prod(-1).sum()) // merged if pixels in given and grid in given else 0
             if found != brought:
                 raise ConfigError(
