@@ -2,7 +2,7 @@
 
 Three kinds of answer, three rules: an option letter is read by `option_letter`, mathematics is compared by mathruler,
 text by its words. A rule decides 1.0 or 0.0, or None where only a reader could tell: text in other words than the
-ground truth's. A judge may decide those; without one they count as 0.
+ground truth's. A judge may decide those; without one they count as 0, which `needs_reader` tells before a run.
 """
 
 import re
@@ -61,14 +61,7 @@ def accuracy(
         RewardError: another kind, an empty ground truth, or one that names no option of a choice.
         EnvironmentMismatch: maths without mathruler.
     """
-    if kind not in KINDS:
-        raise RewardError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
-    truth = extract_answer(ground_truth)
-    truth = (ground_truth if truth is None else truth).strip()
-    if not truth:
-        raise RewardError(f"ground_truth: expected the right answer, found {ground_truth!r}. Fill it in the data.")
-    if kind == "auto":
-        kind = _kind_of(truth, options)
+    truth, kind = _truth_and_kind(ground_truth, options, kind)
     if kind == "choice":
         right = option_letter(truth, options)
         if right is None:
@@ -84,6 +77,28 @@ def accuracy(
     if kind == "maths":
         return float(_same_maths(_unboxed(answer), _unboxed(truth)))
     return 1.0 if _same_words(answer, truth) else None
+
+
+def needs_reader(ground_truth: str, options: Mapping[str, str] | None = None, kind: str = "auto") -> bool:
+    """Whether right answers may be worded so that `accuracy` cannot tell: text of more than one word.
+
+    One word either stands there or does not; a sentence is hardly ever said again in its own words.
+
+    Args:
+        ground_truth, options, kind: as in `accuracy`, which raises alike.
+    """
+    truth, kind = _truth_and_kind(ground_truth, options, kind)
+    return kind == "text" and len(plain_text(truth).split()) > 1
+
+
+def _truth_and_kind(ground_truth: str, options: Mapping[str, str] | None, kind: str) -> tuple[str, str]:
+    if kind not in KINDS:
+        raise RewardError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+    truth = extract_answer(ground_truth)
+    truth = (ground_truth if truth is None else truth).strip()
+    if not truth:
+        raise RewardError(f"ground_truth: expected the right answer, found {ground_truth!r}. Fill it in the data.")
+    return truth, _kind_of(truth, options) if kind == "auto" else kind
 
 
 def _kind_of(truth: str, options: Mapping[str, str] | None) -> str:

@@ -97,6 +97,15 @@ class RewardSet:
         return tuple(entry.name for entry in self.entries if entry.term.scope == "sample")
 
     @property
+    def reads_text(self) -> bool:
+        """Whether `accuracy` can decide text in other words than the ground truth's: by a judge, or as `exact_text`
+        and a function of the user's own say."""
+        entry = next((entry for entry in self.entries if entry.name == ACCURACY), None)
+        if entry is None or entry.term.function is not find_term(ACCURACY).function:
+            return True
+        return "judge" in entry.keywords or bool(entry.keywords.get("exact_text"))
+
+    @property
     def weights(self) -> dict[str, float]:
         """Name -> weight."""
         return {entry.name: entry.weight for entry in self.entries}

@@ -25,6 +25,8 @@ def _prepare_accuracy(judge: Mapping[str, Any] | None = None, **keywords: Any) -
         raise RewardError(f"repetition_limit: expected a share between 0 and 1, or null for no limit, found {limit!r}")
     if judge is None:
         return keywords
+    if keywords.get("exact_text"):
+        raise RewardError("exact_text: true asks no judge, and `judge` is given. Leave one of the two out")
     from future_l1_plugin.rewards.judge import build_judge
 
     return {**keywords, "judge": build_judge(judge)}
@@ -38,6 +40,7 @@ async def accuracy_term(
     *,
     judge: Mapping[str, Any] | None = None,
     repetition_limit: float | None = REPETITION_LIMIT,
+    exact_text: bool = False,
 ) -> float:
     """1.0 right, 0.0 wrong, between them what a judge says, -1.0 for text that goes round in circles.
 
@@ -47,6 +50,8 @@ async def accuracy_term(
         judge: settings of the judge, see `judge.build_judge`; None for none.
         repetition_limit: share of repeated n-grams (`repetition`) above which the answer is not looked at; None for
             no limit.
+        exact_text: text in other words than the ground truth's shall count as wrong: hosts then take prompts with
+            sentences as answers without a judge.
     """
     if repetition_limit is not None and _text.repetition(sample.text) > repetition_limit:
         return -1.0

@@ -15,6 +15,7 @@ from verl.utils.torch_functional import postprocess_data
 from future_l1_plugin.data.rl import EncodedPrompt
 from future_l1_plugin.integrations.easyr1.config import LatentDataConfig
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset
+from future_l1_plugin.rewards import RewardSet
 
 #: EasyR1's field for pictures and videos. It takes it along to rollout and actor; ours holds the prompt itself.
 PROMPT = "multi_modal_data"
@@ -29,9 +30,9 @@ class EasyR1Dataset(LatentRLDataset):
     Raises as `LatentRLDataset`; DataError for a prompt of more than `max_prompt_length` tokens when it is asked for.
     """
 
-    def __init__(self, files: Any, config: LatentDataConfig, processor: Any) -> None:
+    def __init__(self, files: Any, config: LatentDataConfig, processor: Any, rewards: RewardSet | None = None) -> None:
         settings = {"future_l1": vars(config.future_l1), "max_prompt_length": config.max_prompt_length}
-        super().__init__(files, processor.tokenizer, settings)
+        super().__init__(files, processor.tokenizer, settings, rewards=rewards)
         self.processor = processor
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -71,9 +72,11 @@ def media(encoded: EncodedPrompt) -> dict[str, torch.Tensor]:
     return {name: encoded.inputs[name] for name in _MEDIA if name in encoded.inputs}
 
 
-def create_dataloaders(config: LatentDataConfig, processor: Any) -> tuple[StatefulDataLoader, StatefulDataLoader]:
-    """For training, in an order of `data.seed`, and for validation."""
-    train, val = (EasyR1Dataset(files, config, processor) for files in (config.train_files, config.val_files))
+def create_dataloaders(
+    config: LatentDataConfig, processor: Any, rewards: RewardSet | None = None
+) -> tuple[StatefulDataLoader, StatefulDataLoader]:
+    """For training, in an order of `data.seed`, and for validation; `rewards`: as in `LatentRLDataset`."""
+    train, val = (EasyR1Dataset(files, config, processor, rewards) for files in (config.train_files, config.val_files))
     generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, generator=generator) if config.shuffle else SequentialSampler(train)
     shared = {"num_workers": config.num_workers, "collate_fn": collate_fn}

@@ -18,6 +18,8 @@ from future_l1_plugin.integrations.easyr1.config import LaDapoConfig
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT, create_dataloaders
 from future_l1_plugin.integrations.easyr1.reward import CORRECT, DROPPED, LatentRewardManager, samples_of
 from future_l1_plugin.integrations.easyr1.worker import LatentFSDPWorker
+from future_l1_plugin.integrations.rl.settings import checked_rewards
+from future_l1_plugin.integrations.rl.starved import way_out
 from future_l1_plugin.integrations.verl.metrics import span_metrics
 from future_l1_plugin.la_dapo import keep_group, la_dapo_advantage
 from future_l1_plugin.latent import LatentTokens
@@ -106,8 +108,7 @@ class LaDapoTrainer(RayPPOTrainer):
         return (
             f"{self.config.trainer.max_try_make_batch} rounds of sampling gave {found} of {wanted} groups to train on: "
             f"{seen['too_easy']} were too easy, {seen['too_hard']} too hard, {seen['no_verdict']} had no verdict from "
-            "the judge. Start from a better checkpoint, use data of another difficulty, raise "
-            "trainer.max_try_make_batch, or set algorithm.online_filtering=false."
+            f"the judge. {way_out(seen, 'trainer.max_try_make_batch', 'algorithm.online_filtering=false')}"
         )
 
 
@@ -121,7 +122,7 @@ class Runner:
             raise CheckpointError(f"{path}: expected a Qwen3-VL checkpoint, found no processor in it")
         tokenizer = processor.tokenizer
         LatentTokens.from_tokenizer(tokenizer)  # CheckpointError before any worker starts
-        train, val = create_dataloaders(config.data, processor)
+        train, val = create_dataloaders(config.data, processor, checked_rewards(config.rewards))
         manager = ray.remote(LatentRewardManager).options(num_cpus=config.worker.reward.num_cpus)
         reward_fn = manager.remote(config.rewards, tokenizer)
         pool = {"global_pool": [config.trainer.n_gpus_per_node] * config.trainer.nnodes}

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError
 from torch.utils.data import Dataset
 
 from future_l1_plugin.config import from_mapping
@@ -29,6 +30,9 @@ from future_l1_plugin.data.frames import FrameCache, VideoFrames
 from future_l1_plugin.data.lengths import check_lengths, too_long
 from future_l1_plugin.data.rl import EncodedPrompt, RlPrompt, chat_messages, encode_prompt, load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
+from future_l1_plugin.integrations.rl.prompts import check_judged
+from future_l1_plugin.integrations.rl.settings import checked_rewards
+from future_l1_plugin.rewards import RewardSet
 
 AGENT_NAME = "future_l1_latent"
 SECTION = "data.future_l1"
@@ -103,6 +107,8 @@ class LatentRLDataset(Dataset):
         config: verl's `data` section.
         max_samples: use so many prompts: the first ones, or with `data.shuffle` ones drawn by `data.seed` (0 if that
             is null: a resumed run must draw the same). -1 = all.
+        rewards: what the answers will be rewarded by; None = the section `rewards` beside verl's `data`, if `config` is
+            part of a whole configuration. Without either nobody asks whether answers can be decided.
 
     A row (`dataset[i]`), all of it plain Python values:
         raw_prompt: messages (`chat_messages`); data_source: name for metrics;
@@ -112,7 +118,7 @@ class LatentRLDataset(Dataset):
 
     Raises:
         ConfigError: bad settings. DataError: files or rows that cannot be used, prompts of more than
-            `data.max_prompt_length` tokens by what their files declare.
+            `data.max_prompt_length` tokens by what their files declare, free-text answers without a judge.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class LatentRLDataset(Dataset):
         config: Mapping[str, Any],
         processor: Any = None,
         max_samples: int = -1,
+        rewards: RewardSet | None = None,
     ) -> None:
         settings = prompt_settings(config)
         _check_verls_own(config)
@@ -131,6 +138,9 @@ class LatentRLDataset(Dataset):
         prompts = load_prompts(
             files, settings.video_root, settings.question_media, settings.num_frames, settings.on_bad
         )
+        rewards = _rewards_beside(config) if rewards is None else rewards
+        if rewards is not None:
+            prompts = check_judged(prompts, rewards, settings.on_bad)
         most = config.get("max_prompt_length")
         if most is not None and processor is not None:
             prompts = check_lengths(prompts, processor, most, settings.on_bad, _SHORTER)
@@ -208,6 +218,17 @@ class _SharedCache(FrameCache):
 def _frame_cache(megabytes: int) -> _SharedCache | None:
     """The one cache of this process (training and validation rows carry the same size); None for size 0."""
     return _SharedCache(megabytes * 2**20) if megabytes else None
+
+
+def _rewards_beside(config: Mapping[str, Any]) -> RewardSet | None:
+    """verl hands a dataset its section alone; what stands beside it can be asked for, where it is part of a whole."""
+    if not isinstance(config, DictConfig):
+        return None
+    try:
+        entries = OmegaConf.select(config, "..rewards")
+    except ConfigKeyError:  # part of nothing
+        return None
+    return None if entries is None else checked_rewards(OmegaConf.to_container(entries, resolve=True))
 
 
 def _check_verls_own(config: Mapping[str, Any]) -> None:

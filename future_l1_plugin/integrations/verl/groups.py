@@ -20,6 +20,7 @@ import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
+from future_l1_plugin.integrations.rl.starved import way_out
 from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
 from future_l1_plugin.integrations.verl.reward import DROPPED
 from future_l1_plugin.integrations.verl.settings import GroupsSection
@@ -158,8 +159,7 @@ class GroupBuffer(ReplayBuffer):
             f"after {self.groups.max_rounds} rounds of sampling {found} of {wanted} groups can be trained on: "
             f"{seen['too_easy']} were too easy (mean accuracy above {self.groups.high:g}), {seen['too_hard']} too hard "
             f"(below {self.groups.low:g}), {seen['no_verdict']} had no verdict from the judge, "
-            f"{seen['failed']} failed. Start from a better checkpoint, use data of another difficulty, raise "
-            "groups.max_rounds, or switch the filter off (algorithm.filter_groups.enable=False)."
+            f"{seen['failed']} failed. {way_out(seen, 'groups.max_rounds', 'algorithm.filter_groups.enable=False')}"
         )
 
 
