@@ -21,6 +21,7 @@ from future_l1_plugin.latent.heads import build_head
 from future_l1_plugin.latent.tokens import TOKENS, LatentTokens
 from future_l1_plugin.model.config import LatentConfig, check_tokenizer
 from future_l1_plugin.model.template import SYSTEM_PROMPT, chat_template
+from future_l1_plugin.model.token_rows import part_rows
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 
@@ -230,7 +231,7 @@ def convert(
     """Make a latent checkpoint from a Qwen3-VL one. The base is only read.
 
     The three tokens are added in the released order. The embedding is resized only if its rows do not suffice (those of
-    the real Qwen3-VL do); new rows start close to the mean of the old ones.
+    the real Qwen3-VL do). Rows of the three that are alike, new or never trained, are drawn anew: `token_rows`.
 
     Args:
         system_prompt: opens conversations that bring no system turn; "" = none.
@@ -270,6 +271,7 @@ def convert(
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)  # draws the new rows
         attach_head(model, latent)
+    part_rows(model, tokens, len(tokenizer), seed)
     save(model, processor, out)
     return out
 

@@ -125,12 +125,53 @@ def test_a_full_vocabulary_is_resized(base, tmp_path):
     assert grown.lm_head.weight.data_ptr() == weight.data_ptr()  # still tied
     old = model.get_input_embeddings().weight
     assert torch.equal(weight[:rows], old)
-    spread = (weight[rows : rows + 3] - old.mean(0)).abs().max()
-    assert spread < 0.1 * old.std()  # new rows start at the mean
+    assert_apart(weight[rows : rows + 3], old)
     twin, _ = load(convert(full, tmp_path / "twin"))
     assert torch.equal(twin.get_input_embeddings().weight, weight)  # what is drawn follows the seed
     logits = grown(input_ids=torch.tensor([[5, tokens.start, tokens.latent]])).logits
     assert logits.shape[-1] == len(weight) and logits.isfinite().all()
+
+
+def assert_apart(rows, others):
+    """As far from each other, and as long, as any rows: within a factor of 1.5."""
+    usual = torch.pdist(others.float()).median(), others.float().norm(dim=1).median()
+    for found, expected in zip((torch.pdist(rows.float()), rows.float().norm(dim=1)), usual, strict=True):
+        assert ((found > expected / 1.5) & (found < expected * 1.5)).all(), (found, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_are_alike_are_drawn_apart(base, tmp_path, tied):
+    """As in a real base, whose spare rows were never trained; rows that others stand in are left as they are."""
+    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+    model, processor = Qwen3VLForConditionalGeneration.from_pretrained(base), AutoProcessor.from_pretrained(base)
+    first = len(processor.tokenizer)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape))
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    with torch.no_grad():
+        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+            weight[first:] = weight[:first].mean(0) + 1e-5 * torch.randn(len(weight) - first, weight.shape[1])
+    save(model.bfloat16(), processor, tmp_path / "alike")
+    found, _ = load(convert(tmp_path / "alike", tmp_path / "out"))
+    again, _ = load(convert(tmp_path / "alike", tmp_path / "again", seed=1))
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        old, new, other = (getattr(m, name)().weight for m in (model, found, again))
+        assert new.dtype == torch.bfloat16
+        changed = (old != new).any(1).nonzero()[:, 0].tolist()
+        assert changed == [first, first + 1, first + 2]
+        assert_apart(new[first : first + 3], new[:first])
+        assert not torch.equal(new[first], other[first])  # the seed's
+    same = found.get_input_embeddings().weight[first] == found.get_output_embeddings().weight[first]
+    assert bool(same.all()) is tied
+
+
+def test_the_micro_base_keeps_its_rows(tmp_path):
+    """They are apart, and `make demo` starts where it did."""
+    from future_l1_plugin.model.tiny import MICRO_BASE
+
+    model, _ = load(convert(MICRO_BASE, tmp_path / "out"))
+    assert torch.equal(model.get_input_embeddings().weight, load(MICRO_BASE)[0].get_input_embeddings().weight)
 
 
 def test_converting_again_keeps_ids_and_takes_new_settings(converted, tmp_path):
