@@ -145,4 +145,8 @@ def checked(arguments: "TrainingArguments", key: str) -> "TrainingArguments":
         raise ConfigError(f"FSDP is on: {NO_FSDP.format(key=key)}, started by GPUS=8 scripts/sft.sh")
     if arguments.deepspeed and arguments.use_cpu:
         join_on_a_cpu()
+    if arguments.device.type == "cpu":
+        # Among several processes accelerate calls it cpu:0, cpu:1, which torch.load takes for unknown devices: no such
+        # run could go on from its checkpoint. `device` reads this cached property.
+        arguments.__dict__["_setup_devices"] = type(arguments.device)("cpu")
     return arguments
