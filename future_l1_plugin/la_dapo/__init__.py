@@ -3,10 +3,10 @@
 from future_l1_plugin.la_dapo.advantage import group_advantage, la_dapo_advantage
 from future_l1_plugin.la_dapo.correction import RolloutCorrection, angle_between, correction_weights
 from future_l1_plugin.la_dapo.filter import keep_group
-from future_l1_plugin.la_dapo.going_on import continue_log_prob_at
 from future_l1_plugin.la_dapo.policy_loss import LaDapoLoss, policy_loss
 from future_l1_plugin.la_dapo.rollout import rollout_log_probs
-from future_l1_plugin.la_dapo.tempering import Tempering, continue_log_prob, latent_kl, latent_log_prob
+from future_l1_plugin.la_dapo.tempering import Tempering, latent_kl, latent_log_prob
+from future_l1_plugin.latent.going_on import continue_log_prob, continue_log_prob_at
 
 __all__ = [
     "LaDapoLoss",

@@ -37,9 +37,7 @@ are. The KL has to be tempered with the same beta (`latent_kl`), or its weight w
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.latent.policy_base import Policy
@@ -118,45 +116,6 @@ def latent_kl(policy: Policy, mu: Tensor, mu_ref: Tensor, tempering: Tempering) 
         ValueError, TypeError: as `Policy.kl`.
     """
     return policy.kl(mu.double(), mu_ref) * _beta(tempering, mu)
-
-
-def continue_log_prob(logits: Tensor, end_id: int, temperature: float = 1.0) -> Tensor:
-    """log(1 - p(end)): the log-probability that the model does not end the span at this position.
-
-    Inside a span the model proposes a token; if it is `<|latent_end|>` the span ends, whatever else it proposes the
-    span goes on with a latent. Where the budget leaves that choice, the action at a latent position is "go on, and with
-    this z", so hosts add this to `latent_log_prob`. It is a probability already and is not tempered. With a fixed
-    budget there is no choice and nothing to add; an end marker that the budget forces is no action either and belongs
-    in no mask.
-
-    Args:
-        logits: floating (N, V), N >= 0, V >= 2, of the position before the latent (the one that gave mu).
-        end_id: id of `<|latent_end|>`.
-        temperature: the rollout's, above 0. Top-p is ignored, as in the log-probabilities of tokens.
-
-    Returns:
-        (N,), float32 (float64 if logits are), at most 0, differentiable. Full relative precision for p(end) near 0
-        (-p(end)) and near 1.
-
-    Raises:
-        ValueError, TypeError: shape, dtype, id outside the vocabulary, temperature.
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"continue_log_prob: expected logits (N, V) with V >= 2, found {tuple(logits.shape)}")
-    if not logits.is_floating_point():
-        raise TypeError(f"continue_log_prob: expected floating logits, found {logits.dtype}")
-    if not 0 <= end_id < logits.shape[1]:
-        raise ValueError(f"continue_log_prob: expected end_id in [0, {logits.shape[1]}), found {end_id}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"continue_log_prob: expected a temperature above 0, found {temperature}; greedy decoding explores nothing."
-            " Roll out and train at one temperature above 0."
-        )
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    index = torch.tensor([end_id], device=logits.device)
-    others = scaled.index_fill(1, index, -math.inf).logsumexp(1)
-    # 1 - p(end) is the sigmoid of (all the others' logit - the end's): no 1 - p is ever formed.
-    return logsigmoid(others - scaled[:, end_id])
 
 
 def _beta(tempering: Tempering, mu: Tensor) -> float:

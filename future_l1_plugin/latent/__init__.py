@@ -1,6 +1,7 @@
 """Latent spans: tokens, grammar, channel, policy, heads, loss. Pure torch: no I/O, no trainer, no host."""
 
 from future_l1_plugin.latent.channel import LatentChannel
+from future_l1_plugin.latent.going_on import continue_log_prob, continue_log_prob_at
 from future_l1_plugin.latent.heads import build_head
 from future_l1_plugin.latent.loss import latent_loss, pool_targets
 from future_l1_plugin.latent.policy import build_policy
@@ -15,6 +16,8 @@ __all__ = [
     "SpanStep",
     "build_head",
     "build_policy",
+    "continue_log_prob",
+    "continue_log_prob_at",
     "latent_loss",
     "latent_mask",
     "pool_targets",

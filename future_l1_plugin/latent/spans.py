@@ -48,6 +48,23 @@ class SpanBudget:
             return cls(int(loose))
         return cls(max(1, round(most * float(getattr(config, "infer_latent_multiplier", 2.0)))))
 
+    def choices(self, latent: Tensor) -> Tensor:
+        """The latents before which decoding leaves it to the model whether the span goes on.
+
+        They are the first `limit` of each span, behind which the end marker is forced; none under the fixed budget.
+
+        Args:
+            latent: Bool (B, T), True at the latents of whole spans, between whose ends other positions lie.
+
+        Returns:
+            Bool (B, T).
+        """
+        if self.exact:
+            return torch.zeros_like(latent)
+        position = torch.arange(1, latent.shape[1] + 1, device=latent.device).expand_as(latent)
+        number = position - (position * ~latent).cummax(1).values  # 1, 2, .. within a span
+        return latent & (number <= self.limit)
+
 
 class SpanStep(NamedTuple):
     """What follows from one round of proposals; all of shape (B,)."""

@@ -5,6 +5,13 @@ L = CE + lambda * latent_loss(mu, e*)                                   (Future-
 e* is what the vision merger makes of a future frame, detached. mu is the hidden state one position before each latent,
 through the head if there is one.
 
+CE is the mean over the decisions that decoding takes. Text and markers are such decisions. In the paper they are all:
+the positions before a latent carry no label, so nothing there holds p(`<|latent_end|>`) down, and where decoding leaves
+the length of a span to the model, it ends spans at once. With `going_on`, CE holds those positions, too: at each latent
+that decoding asks for (`SpanBudget.choices`) it is -log(1 - p(end)), one position before the latent, p being the
+softmax that decoding draws the end from. Each counts as one position of text, as the end marker behind the last latent
+does: a span of k latents is k decisions to go on and one to end. Under a fixed budget there are none to go on.
+
 What stands at the latent positions, as input? In the paper e* (teacher forcing). Text behind a span then learns to read
 the answer off a sharp e*, where decoding gives it mu: the best guess, and therefore blurred. `OwnLatents` closes that
 gap: in a share of the rows the inputs are the model's own mu, as in decoding. It is scheduled sampling (Bengio et
@@ -18,8 +25,8 @@ any), the pass with gradients; in it, as in the first of the own passes, the vis
 embedding. What a batch lacks, future frames or question frames, stands in it as a blank picture that changes no value.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +35,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from future_l1_plugin.latent.channel import LatentChannel, text_backbone
+from future_l1_plugin.latent.going_on import overhear
 from future_l1_plugin.latent.loss import latent_loss, pool_targets
 from future_l1_plugin.latent.policy import build_policy
 from future_l1_plugin.model.config import LatentConfig
+
+#: The label that transformers' loss passes over.
+_IGNORED = -100
 
 #: Keys of a batch that are not arguments of the model.
 OURS = (
@@ -45,12 +56,20 @@ OURS = (
 
 @dataclass(frozen=True)
 class SftLosses:
-    """Scalars. `total` and `ce` and `latent` carry gradients; `latents` is the number of latent positions."""
+    """Scalars. `total`, `ce` and `latent` carry gradients.
+
+    ce: mean over `decisions` (Long, no gradient): tokens with a label and, with `going_on`, choices to go on.
+    latents: the number of latent positions.
+    going_on: mean of -log(1 - p(end)) over the `choices` to go on, a part of `ce`; without any 0.
+    """
 
     total: Tensor
     ce: Tensor
     latent: Tensor
     latents: int
+    decisions: Tensor
+    going_on: Tensor
+    choices: int
 
 
 @dataclass(frozen=True)
@@ -72,13 +91,24 @@ TEACHER_FORCING = OwnLatents()
 
 
 @torch.no_grad()
-def latent_targets(model: nn.Module, config: LatentConfig, batch: dict[str, Any]) -> list[Tensor]:
-    """e* for each row: (k_i, H), the merger output of its future frames, pooled if the training budget is fixed."""
+def latent_targets(
+    model: nn.Module,
+    config: LatentConfig,
+    batch: dict[str, Any],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Tensor]:
+    """e* for each row: (k_i, H), the merger output of its future frames, pooled if the training budget is fixed.
+
+    The vision tower is called by itself, outside of the forward pass in which a trainer switches autocast on:
+    `autocast` makes that context, or e* would be computed in the weights' own dtype. It ends with this pass: autocast
+    keeps the weights that it has cast, and those of a pass without gradients would cut the gradients of the next.
+    """
     frames = batch["latent_frames"].tolist()
     if "latent_pixel_values" not in batch:  # a run without spans
         return [torch.empty(0) for _ in frames]
     pixels, grid = batch["latent_pixel_values"], batch["latent_grid_thw"]
-    features = _backbone(model).get_image_features(pixels, grid, return_dict=True).pooler_output
+    with autocast():
+        features = _backbone(model).get_image_features(pixels, grid, return_dict=True).pooler_output
     if config.train_fixed_latent_budget:
         features = [pool_targets(feature, config.train_fixed_latent_budget) for feature in features]
     features = iter(features)
@@ -145,8 +175,7 @@ def own_latents(
         generator: randomness of the draws, on the model's device.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    response = torch.arange(ids.shape[1], device=ids.device) >= batch["response_start"][:, None]
-    where = (ids == config.latent_id) & response
+    where = _latents(config, batch)
     columns = where.any(0).nonzero().flatten().tolist() or [ids.shape[1] - 1]
     begin, end = columns[0] - 1, columns[-1] + 1  # mu of the first latent is read one column before it
     policy = build_policy("vmf", mean_cosine=mean_cosine) if mean_cosine is not None else None
@@ -181,6 +210,13 @@ def own_latents(
     return fed
 
 
+def _latents(config: LatentConfig, batch: dict[str, Any]) -> Tensor:
+    """Bool (B, T), True at the latents of the responses."""
+    ids = batch["input_ids"]
+    response = torch.arange(ids.shape[1], device=ids.device) >= batch["response_start"][:, None]
+    return (ids == config.latent_id) & response
+
+
 def _width(model: nn.Module) -> int:
     """H, the width of the text decoder."""
     return _backbone(model).config.text_config.hidden_size
@@ -204,14 +240,18 @@ def sft_losses(
     batch: dict[str, Any],
     own: OwnLatents = TEACHER_FORCING,
     generator: torch.Generator | None = None,
+    going_on: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> SftLosses:
     """One forward pass with gradients. `batch` is what `SftCollator` returns, on the model's device.
 
     Args:
         own: what the latent inputs are; by default e*.
         generator: randomness of `own`, on the model's device.
+        going_on: train the choice to go on as well; see above. False = the paper's.
+        autocast: the context in which `model` itself computes; see `latent_targets`.
     """
-    targets = latent_targets(model, config, batch)
+    targets = latent_targets(model, config, batch, autocast)
     fed = targets
     if own.share:
         drawn = torch.rand(len(targets), device=batch["input_ids"].device, generator=generator) < own.share
@@ -219,10 +259,22 @@ def sft_losses(
         mine = mine.split([len(row) for row in targets])
         fed = [a if is_own else b for a, b, is_own in zip(mine, targets, drawn.tolist(), strict=True)]
     inputs = {key: value for key, value in batch.items() if key not in OURS}
-    with LatentChannel(model, config.tokens) as channel, _as_with_pictures(model, batch):
+    where = _latents(config, batch)
+    choices = config.budget.choices(where) if going_on else torch.zeros_like(where)
+    with (
+        LatentChannel(model, config.tokens) as channel,
+        _as_with_pictures(model, batch),
+        overhear(model, choices, config.latent_end_id) as went_on,
+    ):
         channel.feed(fed, batch["response_start"])
         ce = model(**inputs).loss
+    decisions = (batch["labels"][:, 1:] != _IGNORED).sum()
+    kept_going, asked = ce.new_zeros(()), 0
+    if went_on:
+        kept_going, asked = -went_on[0].mean(), len(went_on[0])
+        ce = (ce * decisions + kept_going * asked) / (decisions + asked)
     kept = [row for row in targets if len(row)]
     target = torch.cat(kept) if kept else channel.mu.detach()
     latent = latent_loss(channel.mu, target, config.latent_loss)
-    return SftLosses(ce + config.latent_lambda * latent, ce, latent, len(target))
+    total = ce + config.latent_lambda * latent
+    return SftLosses(total, ce, latent, len(target), decisions + asked, kept_going, asked)

@@ -1,5 +1,6 @@
 """The batched span grammar against a single-row automaton that can be read in one breath."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -182,3 +183,30 @@ def test_spans_of_by_hand():
 def test_spans_of_broken_rows(row, message):
     with pytest.raises(ValueError, match=message):
         spans_of(row, TOKENS)
+
+
+def test_choices_are_what_decoding_asks_the_model():
+    """Two spans of 3 and 1 latents, as bits of two rows; the second row begins with a latent."""
+    latent = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1, 1]]).bool()
+    for budget, expected in (
+        (SpanBudget(8), [[0, 1, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1, 1]]),
+        (SpanBudget(2), [[0, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1, 1]]),
+        (SpanBudget(1), [[0, 1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1, 0]]),
+        (SpanBudget(0), [[0] * 7] * 2),
+        (SpanBudget(3, exact=True), [[0] * 7] * 2),
+    ):
+        assert budget.choices(latent).int().tolist() == expected, budget
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_choices_are_where_the_machine_listens(budget):
+    """A span that goes on as long as it may: does the machine's answer depend on what the model proposes?"""
+    machine = SpanMachine(TOKENS, budget, 1)
+    machine.step(torch.tensor([TOKENS.start]))
+    listens = []
+    for _ in range(budget.limit):
+        other = copy.deepcopy(machine)
+        listens.append(machine.step(torch.tensor([EOS])).ids != other.step(torch.tensor([TOKENS.end])).ids)
+    assert machine.step(torch.tensor([EOS])).ids == TOKENS.end
+    latent = torch.tensor([[False] + [True] * (budget.limit + 1)])
+    assert budget.choices(latent).tolist() == [[False, *map(bool, listens), False]]

@@ -238,6 +238,87 @@ def test_a_peft_wrapped_model_has_the_same_losses(model, processor, records):
     assert found and all("lora_" in name for name in found)
 
 
+# ---- the choice to go on ---------------------------------------------------------------------------------------------
+
+
+def ends_by_hand(model, config, batch, fed, at):
+    """-log(1 - p(end)) one position before each latent of `at`, its number among all latents; nothing clever."""
+    hidden, _ = pass_by_hand(model, config, batch, fed)
+    places = [latent_places(config, batch)[i] for i in at]
+    p = torch.stack([model.lm_head(hidden[row, c - 1]).softmax(-1)[config.latent_end_id] for row, c in places])
+    return -(1 - p).log()
+
+
+@pytest.mark.parametrize("limit", [8, 3])
+def test_going_on_is_trained_beside_the_text(model, processor, records, limit):
+    """Spans of 4 latents; a budget of 3 forces the end behind the third, so the fourth is nobody's choice."""
+    config = settings(model, loose_latent_budget=limit)
+    batch = collate(processor, config, records)
+    losses = sft_losses(model, config, batch, going_on=True)
+    text, latent, stars = by_hand(model, config, batch)
+    kept = ends_by_hand(model, config, batch, stars, [i for i in range(len(stars)) if i % 4 < limit])
+    words = int((batch["labels"][:, 1:] != IGNORED).sum())
+    ce = (text * words + kept.sum()) / (words + len(kept))
+    assert losses.choices == len(kept) == len(stars) * min(limit, 4) // 4 and losses.decisions == words + len(kept)
+    torch.testing.assert_close(losses.going_on, kept.mean(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(losses.ce, ce, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses.total, ce + config.latent_lambda * latent, atol=1e-5, rtol=1e-5)
+    found = gradients(model, losses.total)
+    assert_same_gradients(found, gradients(model, ce + config.latent_lambda * latent))
+
+
+def test_going_on_with_own_latents(model, processor, records):
+    config = settings(model)
+    batch = collate(processor, config, records)
+    losses = sft_losses(model, config, batch, OwnLatents(1.0, 2), torch.Generator(), going_on=True)
+    fed = own_latents(model, config, batch, 2)
+    kept = ends_by_hand(model, config, batch, fed, range(len(fed)))
+    torch.testing.assert_close(losses.going_on, kept.mean(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["fixed budget", "no future frames", "not asked for"])
+def test_where_going_on_is_no_choice_nothing_changes(model, processor, records, case):
+    config = settings(model, fixed_latent_budget=case == "fixed budget")
+    batch = collate(processor, config, records, spans=case != "no future frames")
+    plain = sft_losses(model, config, batch)
+    losses = sft_losses(model, config, batch, going_on=case != "not asked for")
+    assert torch.equal(losses.total, plain.total) and losses.choices == 0 and not losses.going_on.any()
+    assert losses.decisions == (batch["labels"][:, 1:] != IGNORED).sum()
+    found, expected = gradients(model, losses.total), gradients(model, plain.total)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ---- e* in the precision of the model's own pass ---------------------------------------------------------------------
+
+
+def test_under_autocast_targets_are_computed_as_the_question_is(model, processor, records, monkeypatch):
+    """flash-attention takes no float32. And weights cast for a pass without gradients must not serve the next one."""
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
+
+    config = settings(model)
+    batch = collate(processor, config, records)
+    seen, attend = [], modeling.Qwen3VLVisionAttention.forward
+
+    def watched(self, hidden_states, *args, **kwargs):
+        seen.append(self.qkv(hidden_states).dtype)
+        return attend(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(modeling.Qwen3VLVisionAttention, "forward", watched)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    model.forward = autocast()(model.forward)  # as accelerate does
+    losses = sft_losses(model, config, batch, OwnLatents(0.5, 2), torch.Generator(), autocast=autocast)
+    layers = len(model.model.visual.blocks)
+    assert seen == [torch.bfloat16] * 3 * layers  # e*, the own latents' prompt, the pass with gradients
+    found = gradients(model, losses.total)
+    # The second implementation, in one go: e* and own latents are those of the passes above, so only noise differs.
+    del model.forward
+    exact = gradients(model, sft_losses(model, config, batch, OwnLatents(0.5, 2), torch.Generator()).total)
+    assert found.keys() == exact.keys()
+    for name, gradient in exact.items():
+        if gradient.norm() > 1e-3:
+            assert cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.95, name
+
+
 # ---- own latents as inputs -------------------------------------------------------------------------------------------
 
 
