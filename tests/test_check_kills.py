@@ -1,5 +1,6 @@
-"""Latent SFT on two processes, killed while it writes a checkpoint: the same command ends with the weights of a run that
-was left alone. More kills, and RL: by hand, `python scripts/check_kills.py`."""
+"""Latent SFT on two processes, killed while it saves: the same command ends with the weights of a run left alone.
+
+More kills, and RL: by hand, `python scripts/check_kills.py`."""
 
 import json
 import subprocess
