@@ -26,12 +26,11 @@ from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.frames import pool_indices
 from future_l1_plugin.data.sft import IGNORED, SftCollator, SftDataset
 from future_l1_plugin.model import LatentConfig, load
-from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents, sft_losses
+from future_l1_plugin.model.objective import OURS, TEACHER_FORCING, OwnLatents, sft_losses
 from future_l1_plugin.model.tiny import MICRO_BASE
 from future_l1_plugin.report.timing import in_turns, median, ratio
 
 PARTS = ("frames", "step")
-_OURS = ("response_start", "latent_pixel_values", "latent_grid_thw", "latent_frames")
 
 
 def plain_loop(records: list, processor: Any, texts: dict[str, str]) -> int:
@@ -82,7 +81,7 @@ def bench_frames(records: list, processor: Any, latent: LatentConfig, turns: int
 def bench_step(records: list, model: Any, processor: Any, latent: LatentConfig, turns: int, batch: int) -> list[str]:
     dataset = SftDataset(records[:batch])
     inputs = SftCollator(processor, latent)([dataset[i] for i in range(batch)])
-    plain_inputs = {key: value for key, value in inputs.items() if key not in _OURS}
+    plain_inputs = {key: value for key, value in inputs.items() if key not in OURS}
     tokens = int((inputs["labels"] != IGNORED).sum())
 
     def peer() -> None:

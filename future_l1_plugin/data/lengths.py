@@ -133,17 +133,17 @@ def _shown(prompt: RlPrompt, processor: Any) -> tuple[list[int], tuple[list[floa
     if prompt.media == "none":
         return [], None
     if prompt.images:
-        return [_picture_tokens(processor, *_picture_size(path)) for path in prompt.images], None
+        return [picture_tokens(processor, *_picture_size(path)) for path in prompt.images], None
     header = clip_header(prompt.video, unknown_total=prompt.num_frames or 8)
     if prompt.media == "images":
-        return [_picture_tokens(processor, header.height, header.width)] * len(prompt.pool), None
+        return [picture_tokens(processor, header.height, header.width)] * len(prompt.pool), None
     hold = processor.video_processor.temporal_patch_size
     if prompt.pool is None:
         indices, fps = uniform_indices(header.total, prompt.num_frames), header.fps
     else:  # as `question_video` shows them
         pool = pool_indices(header.total)
         indices, fps = list(range(len(prompt.pool) * hold)), header.fps * hold / max(1, pool[1] - pool[0])
-    tokens = _video_tokens(processor, len(indices), header.height, header.width)
+    tokens = video_tokens(processor, len(indices), header.height, header.width)
     return [], (processor._calculate_timestamps(list(indices), fps, hold), tokens)
 
 
@@ -155,13 +155,18 @@ def _picture_size(path: str) -> tuple[int, int]:
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def _picture_tokens(processor: Any, height: int, width: int) -> int:
-    patches = processor.image_processor.get_number_of_image_patches(height, width, {})
+def picture_tokens(processor: Any, height: int, width: int, size: dict[str, int] | None = None) -> int:
+    """Tokens of a picture by the image processor's rule. size: its bounds in pixels of area, as `processor_media`'s.
+
+    Raises ValueError for what the processor refuses: an extreme aspect ratio.
+    """
+    bounds = {} if size is None else {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    patches = processor.image_processor.get_number_of_image_patches(height, width, bounds)
     return patches // processor.image_processor.merge_size**2
 
 
-def _video_tokens(processor: Any, frames: int, height: int, width: int) -> int:
-    """Tokens of one temporal patch."""
+def video_tokens(processor: Any, frames: int, height: int, width: int) -> int:
+    """Tokens of one temporal patch of a video. Raises ValueError for what the processor refuses."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     video = processor.video_processor

@@ -9,9 +9,10 @@ Cross-entropy labels: everything after the first assistant header, except paddin
 markers are learned, the latents in between are supervised by the latent loss.
 """
 
+import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,11 @@ def check_records(records: Records, on_bad: str = "raise", question_media: str =
             bad.append(BadRecord("record", record.id, reason))
         else:
             good.append(record)
+    return without_bad(records, good, bad, on_bad)
+
+
+def without_bad(records: Records, good: list[TwiffRecord], bad: list[BadRecord], on_bad: str) -> Records:
+    """The good ones of `records`; raises as `check_records` does."""
     if bad and (on_bad == "raise" or not good):
         shown = "".join(f"\n  {item.id}: {item.reason}" for item in bad[:10])
         more = f"\n  and {len(bad) - 10:,} more" if len(bad) > 10 else ""
@@ -73,11 +79,22 @@ def check_records(records: Records, on_bad: str = "raise", question_media: str =
 
 @dataclass(frozen=True)
 class SftSample:
-    """One decoded record. question_clip holds the question frames, future the reasoning frames in order."""
+    """One decoded record. question_clip holds the question frames, future the reasoning frames in order.
+
+    failed: records whose place this one takes, because they could not be decoded.
+    """
 
     record: TwiffRecord
     question_clip: VideoFrames
     future: VideoFrames | None
+    failed: tuple[BadRecord, ...] = ()
+
+
+class RecordFailed(DataError):
+    """A record that fails in the middle of a run. Where a data loader's process hands it on, its own words are kept."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
 class SftDataset(Dataset):
@@ -87,16 +104,46 @@ class SftDataset(Dataset):
         records: checked records (`load_records`).
         spans: False leaves the future frames out: the text-only control.
         cache_bytes: bound on decoded frames kept in memory, in each worker; 0 = none.
+        fault: what else may be wrong with a decoded record (`RecordLengths.fault`): a sentence, or None.
+        on_bad: what to do with a record that fails here, although it passed the check. "raise", or "skip": the next
+            record stands in for it, which depends on the files alone, not on workers or on what came before.
+        max_failed: so many may fail one after the other.
+
+    Raises (on access) RecordFailed: names record, file and reason.
     """
 
-    def __init__(self, records: list[TwiffRecord], spans: bool = True, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        records: list[TwiffRecord],
+        spans: bool = True,
+        cache_bytes: int = 0,
+        fault: Callable[[SftSample], str | None] | None = None,
+        on_bad: str = "raise",
+        max_failed: int = 0,
+    ) -> None:
         self.records, self.spans, self._cache = records, spans, FrameCache(cache_bytes)
+        self._fault, self._on_bad, self._max_failed = fault, on_bad, max_failed
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> SftSample:
-        record = self.records[index]
+        failed: list[BadRecord] = []
+        while True:
+            record = self.records[(index + len(failed)) % len(self)]
+            try:
+                sample = self._decoded(record)
+                if reason := self._fault(sample) if self._fault else None:
+                    raise DataError(f"record {record.id}: {record.video}: {reason}")
+                return dataclasses.replace(sample, failed=tuple(failed)) if failed else sample
+            except DataError as error:
+                if self._on_bad == "raise":
+                    raise RecordFailed(f"{error} Mend it, or go on without it by data.on_bad=skip.") from error
+                failed.append(BadRecord("record", record.id, str(error)))
+                if len(failed) > min(self._max_failed, len(self) - 1):
+                    raise RecordFailed(too_many_failed(failed, self._max_failed)) from error
+
+    def _decoded(self, record: TwiffRecord) -> SftSample:
         wanted = [*record.image, *(record.reasoning_image if self.spans else ())]
         if not wanted:
             clip = VideoFrames(np.empty((0, 0, 0, 3), np.uint8), [], 0.0, 0, record.video, "")
@@ -107,6 +154,15 @@ class SftDataset(Dataset):
             raise DataError(f"record {record.id}: {error}") from error
         cut = len(record.image)
         return SftSample(record, _part(clip, slice(None, cut)), _part(clip, slice(cut, None)) if self.spans else None)
+
+
+def too_many_failed(failed: Sequence[BadRecord], most: int) -> str:
+    """The one error about records that fail in a run, beyond what the recipe allows: the last five of them."""
+    shown = "".join(f"\n  {item.reason}" for item in failed[-5:])
+    return (
+        f"{len(failed)} records failed in this run, data.max_failed is {most}. Find them all with `future-l1 data "
+        f"check`, or raise it:{shown}"
+    )
 
 
 def _part(clip: VideoFrames, which: slice) -> VideoFrames:
@@ -170,9 +226,10 @@ class SftCollator:
     Args:
         question_media: "images" (the paper's) or "video": how the question frames are shown.
         spans: as in `SftDataset`.
-        max_length: tokens; a longer sample is an error that names it, nothing is cut.
+        max_length: tokens; a longer sample is an error that names it, nothing is cut. `record_lengths` finds it before.
 
     Returns (on call): what the model takes (input_ids, attention_mask, mm_token_type_ids, pixel values and grids) and
+        record_ids list of B texts; failed list of (id, reason), only where a record of the batch stands in for another;
         labels Long (B, T), -100 where there is no cross-entropy;
         response_start Long (B,), index of the first response token;
         latent_frames Long (B,): future frames in each row;
@@ -226,6 +283,9 @@ class SftCollator:
             if pictures:
                 batch[f"{name}_pixel_values"] = pictures["pixel_values"]
                 batch[f"{name}_grid_thw"] = pictures["image_grid_thw"]
+        batch["record_ids"] = [s.record.id for s in samples]
+        if failed := [(bad.id, bad.reason) for s in samples for bad in s.failed]:
+            batch["failed"] = failed
         return batch
 
     def _latent_images(self, frames: list[Any]) -> dict[str, Tensor]:
@@ -244,14 +304,7 @@ class SftCollator:
         record = sample.record
         if fault := text_fault(record):
             raise DataError(f"record {record.id}: {fault}")
-        question = question_text(record.question, self.question_media)
-        user = {"role": "user", "content": user_content(question, self.question_media, len(record.image))}
-        assistant = {"role": "assistant", "content": assistant_content(record, self.spans)}
-        prompt = self.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        text = self.processor.apply_chat_template([user, assistant], tokenize=False)
-        response = text.removeprefix(prompt)
-        while IMAGE in response:
-            response = response.replace(IMAGE, f"{START}{LATENT * next(lengths)}{END}", 1)
+        prompt, response = conversation(self.processor, record, self.question_media, self.spans, lengths)
         return prompt + response, prompt.count(_TURN)
 
     def _media(self, samples: list[SftSample]) -> dict[str, Any]:
@@ -269,6 +322,24 @@ class SftCollator:
         response = torch.arange(ids.shape[1]) >= start[:, None]
         learned = response & attention.bool() & (ids != self.latent.latent_id)
         return ids.masked_fill(~learned, IGNORED)
+
+
+def conversation(
+    processor: Any, record: TwiffRecord, media: str, spans: bool, lengths: Iterator[int]
+) -> tuple[str, str]:
+    """(prompt with the assistant's header, response) in the template's text.
+
+    Args:
+        media, spans: as in `SftCollator`.
+        lengths: latents of each future frame's span, in order.
+    """
+    user = {"role": "user", "content": user_content(question_text(record.question, media), media, len(record.image))}
+    assistant = {"role": "assistant", "content": assistant_content(record, spans)}
+    prompt = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    response = processor.apply_chat_template([user, assistant], tokenize=False).removeprefix(prompt)
+    while IMAGE in response:
+        response = response.replace(IMAGE, f"{START}{LATENT * next(lengths)}{END}", 1)
+    return prompt, response
 
 
 def question_text(question: str, media: str) -> str:

@@ -51,6 +51,8 @@ OURS = (
     "blank_pixel_values",
     "blank_grid_thw",
     "response_start",
+    "record_ids",
+    "failed",
 )
 
 

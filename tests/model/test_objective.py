@@ -533,7 +533,7 @@ def test_a_blank_picture_changes_nothing(model, processor, records):
     config = settings(model)
     batch = collate(processor, config, BATCHES["neither"](records))
     losses = sft_losses(model, config, batch)
-    ours = ("latent_", "blank_", "response_start")
+    ours = ("latent_", "blank_", "response_start", "record_ids")
     plain = model(**{key: value for key, value in batch.items() if not key.startswith(ours)}).loss
     assert torch.equal(losses.ce, plain) and not losses.latent.any()
     losses.total.backward()
