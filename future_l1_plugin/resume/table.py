@@ -81,6 +81,7 @@ SFT: Sequence[Rule] = (
     Rule(("train.{epochs,max_steps}",), Kind.EXTENDS, _LENGTH, said=_LONGER),
     Rule(("data.max_length",), Kind.EXTENDS, "longest sample; the records that are used must stay the same ones"),
     Rule(("data.on_bad",), Kind.EXTENDS, "what is left out; the records that are used must stay the same ones", _ORDER),
+    Rule(("data.max_failed",), Kind.EXTENDS, _PATIENCE),
     Rule(
         ("train.micro_batch_size",),
         Kind.COST,

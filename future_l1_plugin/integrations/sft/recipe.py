@@ -19,6 +19,7 @@ class DataRecipe:
     records: str = "???"  # JSON, JSONL or parquet of TwiFF records
     videos: str = ""  # root of the records' video paths
     on_bad: str = "raise"  # raise | skip: what to do with records that cannot be used
+    max_failed: int = 100  # records that may fail only when they are decoded, under skip
     question_media: str = "images"  # images | video: how question frames are shown
     spans: bool = True  # False: leave the future frames out (text-only control)
     max_length: int = 16384  # tokens a sample may have
@@ -137,6 +138,8 @@ class SftRecipe:
         cosine = self.latent.own_mean_cosine
         if cosine is not None and not 0 < cosine < 1:
             raise ConfigError(f"latent.own_mean_cosine: expected null or a number between 0 and 1, found {cosine}")
+        if self.data.max_failed < 0:
+            raise ConfigError(f"data.max_failed: expected 0 (none) or more, found {self.data.max_failed}")
         least_one = (
             (self.train, "train", ("batch_size", "micro_batch_size")),
             (self.log, "log", ("every", "keep")),

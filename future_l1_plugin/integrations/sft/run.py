@@ -17,6 +17,7 @@ from future_l1_plugin.integrations.sft.host import host_of
 from future_l1_plugin.integrations.sft.recipe import LatentRecipe, SftRecipe
 
 if TYPE_CHECKING:
+    from future_l1_plugin.data.record_lengths import RecordLengths
     from future_l1_plugin.data.records import Records
 
 
@@ -30,12 +31,14 @@ def run(recipe: SftRecipe) -> Path:
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
+    from future_l1_plugin.data.record_lengths import RecordLengths
     from future_l1_plugin.data.sft import SftCollator, SftDataset
+    from future_l1_plugin.integrations.sft.failures import FailedRecords
     from future_l1_plugin.integrations.sft.trainer import JsonlLog, save_final
     from future_l1_plugin.model import load
     from future_l1_plugin.model.checkpoint import divided, gathered
-    from future_l1_plugin.model.config import LatentConfig
     from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents
+    from future_l1_plugin.model.reading import latent_and_processor
 
     # Gradients of a small model in float32 underflow to denormal numbers, on which a CPU is up to ten times slower.
     # Worker threads inherit the setting, so it must come before the first parallel operation.
@@ -55,7 +58,10 @@ def run(recipe: SftRecipe) -> Path:
         return final
     set_seed(train.seed)
     fit.check(recipe, host, arguments.world_size, arguments.bf16, arguments)
-    data = _records(recipe)
+    latent, processor = latent_and_processor(recipe.model, **latent_keys(recipe.latent))
+    shown = (processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length)
+    lengths = RecordLengths(*shown)
+    data = _records(recipe, lengths)
     model, processor = load(
         recipe.model,
         device=None if divided() else "cpu",  # the trainer places it
@@ -63,7 +69,6 @@ def run(recipe: SftRecipe) -> Path:
         attn_implementation=train.attn_implementation,
         **latent_keys(recipe.latent),
     )
-    latent = LatentConfig.from_hf(model.config)
     own = OwnLatents(recipe.latent.own_share, recipe.latent.own_passes, recipe.latent.own_mean_cosine)
     model = host.prepare(model, recipe, arguments)
     if arguments.process_index == 0:
@@ -71,7 +76,8 @@ def run(recipe: SftRecipe) -> Path:
             shutil.rmtree(checkpoints, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
         save_recipe(recipe, output / "recipe.yaml")
-    callbacks = [JsonlLog(output / "metrics.jsonl")]
+    failed = FailedRecords(recipe.data.max_failed)
+    callbacks = [failed, JsonlLog(output / "metrics.jsonl")]
     if log.tensorboard and arguments.process_index == 0:
         callbacks.append(_tensorboard(output / "tensorboard"))
     trainer = host.trainer()(
@@ -79,10 +85,16 @@ def run(recipe: SftRecipe) -> Path:
         args=arguments,
         latent=latent,
         own=own if recipe.data.spans else TEACHER_FORCING,  # without spans the extra passes would be for nothing
-        train_dataset=SftDataset(data, recipe.data.spans, recipe.data.cache_mb * 2**20),
-        data_collator=SftCollator(
-            processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length
+        failed=failed,
+        train_dataset=SftDataset(
+            data,
+            recipe.data.spans,
+            recipe.data.cache_mb * 2**20,
+            lengths.fault,
+            recipe.data.on_bad,
+            recipe.data.max_failed,
         ),
+        data_collator=SftCollator(*shown),
         callbacks=callbacks,
     )
     if newest:
@@ -106,20 +118,24 @@ def latent_keys(latent: LatentRecipe) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value is not None}
 
 
-def _records(recipe: SftRecipe) -> "Records":
+def _records(recipe: SftRecipe, lengths: "RecordLengths") -> "Records":
     """The records that can be trained on; what was left out is told.
 
     Raises DataError: bad records under `on_bad: raise`, or no good one.
     """
+    from future_l1_plugin.data.record_lengths import check_record_lengths
     from future_l1_plugin.data.records import load_records
     from future_l1_plugin.data.sft import check_records
 
     data = load_records(recipe.data.records, video_root=recipe.data.videos or None, on_bad=recipe.data.on_bad)
     data = check_records(data, recipe.data.on_bad, recipe.data.question_media)
+    data = check_record_lengths(data, lengths, recipe.data.on_bad)
     for bad in data.bad[:10]:
         print(f"left out: {bad.source} {bad.id}: {bad.reason}", file=sys.stderr)
     if data.bad:
         print(f"left out {len(data.bad)} of {len(data.bad) + len(data)} records", file=sys.stderr)
+    if silent := sum(not record.image for record in data):
+        print(f"{silent:,} of {len(data):,} records show no frame in their question (`image` is empty): they are text")
     return data
 
 

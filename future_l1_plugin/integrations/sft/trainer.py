@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from future_l1_plugin.integrations.sft.failures import FailedRecords
 from future_l1_plugin.model.checkpoint import save
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents, sft_losses
@@ -21,11 +22,19 @@ class LatentLosses:
     Args:
         latent: the latent keys of the checkpoint.
         own: what the latent inputs are; by default e*.
+        failed: where records that failed are counted; it is one of the callbacks, too.
     """
 
-    def __init__(self, *args: Any, latent: LatentConfig, own: OwnLatents = TEACHER_FORCING, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        latent: LatentConfig,
+        own: OwnLatents = TEACHER_FORCING,
+        failed: FailedRecords | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.latent, self.own = latent, own
+        self.latent, self.own, self.failed = latent, own, failed
         self._step, self._micro = -1, 0  # optimiser step, and pass within it
         # Our loss is a mean over the micro batch: Trainer must divide by the accumulation steps. So 2 x 4 samples
         # weigh each micro batch alike, where 1 x 8 weighs each token alike; with equally long responses they agree.
@@ -34,6 +43,8 @@ class LatentLosses:
         self._passes = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.failed:
+            self.failed.note(inputs.get("failed", ()))
         losses = sft_losses(model, self.latent, inputs, self.own, self._generator(inputs["input_ids"].device))
         for name, value in (("ce_loss", losses.ce), ("latent_loss", losses.latent)):
             self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -54,6 +65,8 @@ class LatentLosses:
                 mean = self.accelerator.reduce(total / self._passes, reduction="mean")  # over all devices
                 logs[name] = round(float(mean), 5)
             self._sums, self._passes = {}, 0
+        if self.failed and self.failed.reasons and "loss" in logs:
+            logs["failed_records"] = len(self.failed.reasons)
         super().log(logs, *args, **kwargs)
 
 
