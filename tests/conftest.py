@@ -33,8 +33,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+#: Files that start Ray or several processes, which want both cores and wait for each other only so long. `make test`
+#: runs the others side by side first, then these one after the other.
+ALONE = {
+    "test_check_kills.py",
+    "test_demo.py",
+    "test_hf_trainer.py",
+    "test_lmms_eval.py",
+    "test_objective.py",
+    "test_verl_groups.py",
+    "test_verl_pixels.py",
+    "test_verl_rollout.py",
+    "test_verl_runs.py",
+    "test_verl_vision.py",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine or environment cannot run, with the reason."""
+    """Mark what runs alone, and skip what this machine or environment cannot run, with the reason."""
+    for item in items:
+        if item.path.name in ALONE:
+            item.add_marker(pytest.mark.alone)
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
