@@ -26,3 +26,7 @@ class EnvironmentMismatch(UserError):
 
 class RewardError(UserError):
     """A reward cannot be computed from what it was given, or a term gave no finite number. Names the sample."""
+
+
+class TrainingError(UserError):
+    """A run cannot go on as it is: a loss or a gradient is not finite. What it saved before is kept."""

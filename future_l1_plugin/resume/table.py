@@ -78,6 +78,13 @@ _JUDGE = "{base_url,api_key_file,timeout_s,max_concurrency,max_retries,backoff_s
 SFT: Sequence[Rule] = (
     Rule(("model", "data.{records,videos}"), Kind.COST, _PLACE),
     Rule(("output", "log.*"), Kind.COST, _REPORTS),
+    Rule(("eval.patience",), Kind.EXTENDS, _PATIENCE),
+    Rule(
+        ("eval.*",),
+        Kind.COST,
+        "what is evaluated",
+        said="evaluations before and after do not compare; with eval.patience the best so far may be of other records",
+    ),
     Rule(("train.{epochs,max_steps}",), Kind.EXTENDS, _LENGTH, said=_LONGER),
     Rule(("data.max_length",), Kind.EXTENDS, "longest sample; the records that are used must stay the same ones"),
     Rule(("data.on_bad",), Kind.EXTENDS, "what is left out; the records that are used must stay the same ones", _ORDER),
@@ -90,7 +97,8 @@ SFT: Sequence[Rule] = (
         "other own latents",
     ),
     Rule(("train.gradient_checkpointing",), Kind.COST, _MEMORY),
-    Rule(("train.attn_implementation",), Kind.COST, "the kernels of attention", said=_ROUNDS),
+    Rule(("train.{attn_implementation,packing}",), Kind.COST, "the kernels of attention", said=_ROUNDS),
+    Rule(("devices",), Kind.COST, "processes, where each holds everything", said=_ROUNDS),
     Rule(("train.check_memory", "data.{workers,cache_mb}"), Kind.COST, _MEMORY),
     Rule(("sweep.*",), Kind.COST, "which runs are started"),
     Rule(

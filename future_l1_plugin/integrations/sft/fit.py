@@ -9,6 +9,7 @@ from future_l1_plugin.integrations.sft.host import Host
 from future_l1_plugin.integrations.sft.memory import Part, Sharding, Sizes, activations, model_states, with_lora
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.integrations.sft.sizes import model_sizes
+from future_l1_plugin.resume.table import Kind, rule_of
 
 ASSUMED = 80.0  # GiB, where no GPU is at hand
 GIB = 2**30
@@ -50,8 +51,19 @@ def needs(
     return model_states(sizes, gpus, bf16, sharding), passing
 
 
-def problem(recipe: SftRecipe, sharding: Sharding | None, sizes: Sizes, gpus: int, bf16: bool, device: Device) -> str:
-    """Why the run does not fit, with the keys that help and what each would need; empty if it fits."""
+def problem(
+    recipe: SftRecipe,
+    sharding: Sharding | None,
+    sizes: Sizes,
+    gpus: int,
+    bf16: bool,
+    device: Device,
+    going_on: bool = False,
+) -> str:
+    """Why the run does not fit, with the keys that help and what each would need; empty if it fits.
+
+    going_on: only what a run may change that goes on from its checkpoint.
+    """
 
     def gib(recipe: SftRecipe, sharding: Sharding | None, sizes: Sizes, gpus: int) -> float:
         states, passing = needs(recipe, sharding, sizes, gpus, bf16)
@@ -66,8 +78,9 @@ def problem(recipe: SftRecipe, sharding: Sharding | None, sizes: Sizes, gpus: in
     zero3, offload, key = NAMES["zero3"], NAMES["zero3_offload"], recipe.sharding_key
     shorter = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_length=recipe.data.max_length // 2))
     more = max(8, gpus)
+    where = f"GPUS={more} scripts/sft.sh .. {key}=zero3" if gpus <= 8 else f"{key}=zero3 on these {gpus} GPUs"
     ways = [
-        (f"GPUS={more} scripts/sft.sh .. {key}=zero3", gib(recipe, zero3, sizes, more)),
+        (where, gib(recipe, zero3, sizes, more)),
         (f"{key}=zero3_offload (slower; the CPU's memory holds the rest)", gib(recipe, offload, sizes, gpus)),
         ("train.gradient_checkpointing=true", gib(train(gradient_checkpointing=True), sharding, sizes, gpus)),
         ("train.micro_batch_size=1", gib(train(micro_batch_size=1), sharding, sizes, gpus)),
@@ -75,6 +88,8 @@ def problem(recipe: SftRecipe, sharding: Sharding | None, sizes: Sizes, gpus: in
     ]
     if not recipe.train.lora.rank:
         ways.append(("train.lora.rank=64", gib(recipe, sharding, with_lora(sizes, 64), gpus)))
+    if going_on:
+        ways = [(way, amount) for way, amount in ways if rule_of("sft", _key(way)).kind is Kind.COST]
     lines = [
         f"  {way}: {amount:.1f} GiB, {'fits' if amount <= device.gib else 'helps, too little alone'}"
         for way, amount in sorted(ways, key=lambda pair: pair[1])
@@ -82,12 +97,19 @@ def problem(recipe: SftRecipe, sharding: Sharding | None, sizes: Sizes, gpus: in
     ]
     return (
         f"on {gpus} GPU{'s' if gpus > 1 else ''} this run needs about {now:.1f} GiB on each, and there are "
-        f"{device.said}. What helps:\n" + "\n".join(lines or ["  a smaller model"]) + "\n"
+        f"{device.said}. What helps:\n"
+        + "\n".join(lines or ["  larger GPUs" if going_on else "  a smaller model"])
+        + "\n"
         "The estimate takes samples of data.max_length tokens; for shorter ones train.check_memory=false starts anyway."
     )
 
 
-def check(recipe: SftRecipe, host: Host, gpus: int, bf16: bool, arguments: object) -> None:
+def _key(way: str) -> str:
+    """The recipe key that a line of `problem` sets."""
+    return next(word for word in way.split() if "." in word and "=" in word).partition("=")[0]
+
+
+def check(recipe: SftRecipe, host: Host, gpus: int, bf16: bool, arguments: object, going_on: bool = False) -> None:
     """Refuse a run that does not fit the GPUs it would run on, before weights are loaded; a CPU is not measured.
 
     Raises ConfigError: see `problem`; recipe's train.check_memory decides whether it is asked at all.
@@ -95,5 +117,6 @@ def check(recipe: SftRecipe, host: Host, gpus: int, bf16: bool, arguments: objec
     device = device_here()
     if device is None or not recipe.train.check_memory:
         return
-    if found := problem(recipe, host.sharding(), model_sizes(recipe, host, arguments), gpus, bf16, device):
+    sizes = model_sizes(recipe, host, arguments)
+    if found := problem(recipe, host.sharding(), sizes, gpus, bf16, device, going_on):
         raise ConfigError(found)
