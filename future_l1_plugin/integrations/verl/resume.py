@@ -1,82 +1,60 @@
-"""Resuming: only under the settings that the run was started with, and without losing its metrics.
+"""Resuming: only under the settings that the run was started with, on its data, and without losing its metrics.
 
 verl goes on from the newest checkpoint in `trainer.default_local_dir`, whatever wrote it. Two recipes with one folder
-would then be mixed into one run.
+would then be mixed into one run. What may change is said in `future_l1_plugin.resume.table`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.data.rl import RlPrompt
+from future_l1_plugin.data.sources import data_files
+from future_l1_plugin.resume import Inputs, hold
 
-FILE = "settings.yaml"
-#: What makes a run the run that it is. Its length, its logs and its machines may change.
-_SECTIONS = ("latent", "rewards", "groups", "algorithm", "data", "actor_rollout_ref")
-_FREE = (
-    "data.dataloader_num_workers",
-    "actor_rollout_ref.actor.optim.total_training_steps",
-    "actor_rollout_ref.rollout.agent.num_workers",
-    "actor_rollout_ref.rollout.custom",
-    "actor_rollout_ref.rollout.val_kwargs",
-    "data.val_files",
-    "data.val_max_samples",
-    "data.val_batch_size",
-    "data.gen_batch_size",
-    "data.future_l1.frame_cache_mb",
-    # What a run that had reached them is advised to raise; steps that stayed within them are the same.
-    "groups.max_failed",
-    "groups.max_rounds",
+_MEND = (
+    "Or name another folder (trainer.project_name), train anew with trainer.resume_mode=disable, or start another run "
+    "from a checkpoint of this one: trainer.resume_mode=resume_path and a trainer.project_name of its own."
 )
 
 
-def check_same_run(config: DictConfig) -> None:
-    """Compare with the settings left in the folder by the run's start, or leave them there.
+def check_same_run(config: DictConfig, prompts: Sequence[RlPrompt] | None = None) -> None:
+    """Compare with the settings and inputs left in the folder by the run's start, or leave them there.
+
+    Args:
+        prompts: those that are trained on, in the files' order; None: inputs are not compared.
 
     Raises:
         ConfigError: the folder holds a checkpoint of other settings; lists the first keys that differ.
+        DataError: training files, media or the start checkpoint are not what they were.
     """
-    if config.trainer.resume_mode == "resume_path":  # the user named a checkpoint: that is a start, not a resumption
-        return
-    folder = Path(config.trainer.default_local_dir)
-    file, mine = folder / FILE, _flat(config)
-    if (
-        config.trainer.resume_mode == "auto"
-        and file.is_file()
-        and (folder / "latest_checkpointed_iteration.txt").exists()
-    ):
-        theirs = OmegaConf.to_container(OmegaConf.load(file))
-        changed = [key for key in sorted({*mine, *theirs}) if str(mine.get(key)) != str(theirs.get(key))]
-        if changed:
-            shown = "; ".join(f"{key}: {theirs.get(key)!r} -> {mine.get(key)!r}" for key in changed[:5])
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise ConfigError(
-                f"{folder} holds checkpoints of a run with other settings ({shown}{more}). Name another folder "
-                "(trainer.project_name), or train anew with trainer.resume_mode=disable"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(mine)), encoding="utf-8")
+    trainer = config.trainer
+    folder = Path(trainer.default_local_dir)
+    # "resume_path": the user named a checkpoint. That is a start, not a resumption.
+    going_on = trainer.resume_mode == "auto" and (folder / "latest_checkpointed_iteration.txt").exists()
+    inputs = None if prompts is None else _inputs(config, prompts)
+    for line in hold("verl", folder, going_on, _values(config), inputs, _MEND):
+        print(line, flush=True)
 
 
-def _flat(config: DictConfig) -> dict[str, Any]:
-    """Dotted key -> value of the sections that count."""
-    found: dict[str, Any] = {}
+def _values(config: DictConfig) -> dict[str, Any]:
+    """The whole configuration, and how many ranks its machines make."""
+    return OmegaConf.to_container(config, resolve=True) | {
+        "ranks": config.trainer.n_gpus_per_node * config.trainer.nnodes
+    }
 
-    def walk(prefix: str, value: Any) -> None:
-        if any(prefix == key or prefix.startswith(f"{key}.") for key in _FREE):
-            return
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}", inner)
-        else:
-            found[prefix] = value
 
-    for section in _SECTIONS:
-        if section in config:
-            walk(section, OmegaConf.to_container(config[section], resolve=True))
-    return found
+def _inputs(config: DictConfig, prompts: Sequence[RlPrompt]) -> Inputs:
+    files = config.data.train_files
+    return Inputs.of(
+        [path for file in ([files] if isinstance(files, str) else files) for path in data_files(file)],
+        (prompt.id for prompt in prompts),
+        config.actor_rollout_ref.model.path,
+        {path for prompt in prompts for path in (prompt.video, *prompt.images) if path},
+    )
 
 
 def logged_before(config: DictConfig, step: int) -> bytes:
