@@ -1,6 +1,6 @@
-"""What goes wrong in `test_three_prompts_that_fail_are_replaced_and_named`. verl imports this in each of its processes.
+"""What goes wrong in `test_two_engines_two_ranks_and_prompts_that_fail`. verl imports this in each of its processes.
 
-One engine gives one request up, and a prompt turns out longer than its files had said.
+Each engine gives one request up, and a prompt turns out longer than its files had said.
 """
 
 from wrapt import register_post_import_hook, wrap_function_wrapper
