@@ -13,21 +13,24 @@ from future_l1_plugin.errors import CheckpointError, ConfigError, EnvironmentMis
 from future_l1_plugin.integrations.sft.deepspeed import check_installed
 from future_l1_plugin.integrations.sft.fit import Device, needs, problem
 from future_l1_plugin.integrations.sft.host import Host, host_of
-from future_l1_plugin.integrations.sft.launch import Job
+from future_l1_plugin.integrations.sft.launch import ONE, Job
 from future_l1_plugin.integrations.sft.memory import Part, Sizes, a_checkpoint
+from future_l1_plugin.integrations.sft.nodes import Nodes
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.integrations.sft.sizes import model_sizes
 
 
-def describe(jobs: list[Job], gpus: int, device: Device) -> tuple[str, str]:
-    """(all that a dry run prints, why the run would not fit on `gpus` GPUs or an empty string).
+def describe(jobs: list[Job], gpus: int, device: Device, nodes: Nodes = ONE) -> tuple[str, str]:
+    """(all that a dry run prints, why the run would not fit on `gpus` GPUs of each node or an empty string).
 
     Raises ConfigError or EnvironmentMismatch for what no run would start with.
     """
     first = jobs[0]
     host = host_of(first.recipe)
-    columns = sorted({1, 8, gpus})
-    parts = [f"dry run. {host.line}", _recipe(jobs), _commands(first, columns), _steps(first.recipe, columns)]
+    every = gpus * nodes.count
+    columns = sorted({1, 8, every})
+    commands = _commands(first, columns, gpus, nodes)
+    parts = [f"dry run. {host.line}", _recipe(jobs), commands, _steps(first.recipe, columns)]
     if first.recipe.deepspeed:
         try:
             check_installed(first.recipe.sharding_key)
@@ -38,9 +41,9 @@ def describe(jobs: list[Job], gpus: int, device: Device) -> tuple[str, str]:
     except CheckpointError as error:
         why = "parameters, memory and whether it fits: not estimated, for want of the model's configuration"
         return "\n\n".join([*parts, f"{why}: {error}"]), ""
-    found = problem(first.recipe, host.sharding(), sizes, gpus, _bf16(first.recipe), device)
+    found = problem(first.recipe, host.sharding(), sizes, every, _bf16(first.recipe), device)
     parts += _memory(first.recipe, host, sizes, columns, device)
-    parts.append(f"verdict for {_gpus(gpus)}: {'it does not fit' if found else 'it fits'}, {device.said}")
+    parts.append(f"verdict for {_gpus(every)}: {'it does not fit' if found else 'it fits'}, {device.said}")
     return "\n\n".join(parts), found
 
 
@@ -52,8 +55,15 @@ def _recipe(jobs: list[Job]) -> str:
     return f"sweep of {len(jobs)} runs, one after the other:\n{names}\n\nresolved recipe of the first:\n{text}"
 
 
-def _commands(job: Job, columns: list[int]) -> str:
-    lines = [f"  {_gpus(n)}: {shlex.join(job.command(n if n > 1 else None))}" for n in columns]
+def _commands(job: Job, columns: list[int], gpus: int, nodes: Nodes) -> str:
+    lines = [
+        f"  {_gpus(n)}: {shlex.join(job.command(n if n > 1 else None))}"
+        for n in columns
+        if nodes.count == 1 or n != gpus * nodes.count
+    ]
+    if nodes.count > 1:
+        asked = f"{_gpus(gpus * nodes.count)} on {nodes.count} nodes, here (node {nodes.rank})"
+        lines.append(f"  {asked}: {shlex.join(job.command(gpus, nodes))}")
     return "command (GPUS=8 scripts/sft.sh starts the one for 8):\n" + "\n".join(lines)
 
 
