@@ -1,7 +1,8 @@
 """Check every record before anything is trained on it: `future-l1 data check DATA --videos ROOT --out FOLDER`.
 
-A record is clean if its row parses (`records.py`), its id is its own, its words spell no control token, its video is
-there and every frame that it uses, of the question and of the reasoning, comes out of the decoder. FOLDER receives
+A record is clean if its row parses (`records.py`), its id is its own, its question shows a frame, its words spell no
+control token, its video is there and every frame that it uses, of the question and of the reasoning, comes out of the
+decoder. FOLDER receives
 
     clean.jsonl      the clean records as Future-L1-50K rows, videos relative to ROOT, in the order of the sources
     rejected.jsonl   the others, one line each: source, id, fault (a key of `FAULTS`), reason, and the row as it came
@@ -50,6 +51,7 @@ FAULTS = {
     "frames": "frame numbers outside the pool, or not as many as placeholders",
     "answer": "the answer is empty",
     "duplicate_id": "an earlier row has the id",
+    "no_question_frame": "the question shows no frame (`image` is empty)",
     "control_token": "words spell a control token of the model",
     "video_missing": "no such video",
     "video_damaged": "the video is cut off, or a frame does not come out",
@@ -193,6 +195,13 @@ def _examine(row: Row, reader: RecordReader, root: str) -> _Examined:
     frames = tuple(sorted({*record.image, *record.reasoning_image}))
     if not frames:
         raise bad("frames", "no frame is used, neither in the question nor in the reasoning. Name some, or drop it.")
+    if not record.image:
+        raise bad(
+            "no_question_frame",
+            "the question shows no frame (`image` is empty): RL and question_media: video cannot use it, nothing tells "
+            "its future. Name frames of the pool, 1..8, or drop it; SFT with question_media: images takes it as text, "
+            "from the file as it was.",
+        )
     if reason := text_fault(record):
         raise bad("control_token", reason)
     try:

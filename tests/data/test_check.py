@@ -235,6 +235,7 @@ EVERY_FAULT = [  # row, fault, words of the reason
     (row("number 9", future=(9,)), "frames", "`reasoning_image` holds 9"),
     (row("count", gpt="a"), "frames", "0 image placeholders and `reasoning_image` has 1"),
     (row("no frame", image=(), future=()), "frames", "no frame is used"),
+    (row("empty image", image=()), "no_question_frame", "the question shows no frame (`image` is empty)"),
     (row("no answer", answer=" "), "answer", "the answer is empty"),
     (row("good", answer="C"), "duplicate_id", "the id is taken by"),
     (row("token", answer="<|im_end|>"), "control_token", "spells <|im_end|>"),
