@@ -236,6 +236,34 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _packed(model: nn.Module, inputs: dict[str, Any], *marks: Tensor) -> tuple[Any, ...]:
+    """The rows of a pass one behind the other in one row without padding, as transformers' padding-free collator
+    (`DataCollatorWithFlattening`) lays them; it knows no pictures, so it is done here, where their positions are known.
+
+    A row keeps its own M-RoPE positions, counted from its own beginning. Before these stand its plain ones, 0..: by
+    their jumps transformers tells rows apart, and lets none attend to another (sdpa, eager: by the mask;
+    flash_attention_2: by its variable lengths). It does so only without attention mask and without cache. Pictures lie
+    one behind the other in any batch. The first token of a row is a prompt's: none is predicted across a border.
+
+    Args:
+        inputs: of the model, (B, T), padded anywhere.
+        marks: (B, T) each.
+
+    Returns:
+        (inputs (1, N), *marks (1, N)), N tokens in all.
+    """
+    mask = inputs["attention_mask"].bool()
+    kept = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    grids = {key: kept[key] for key in ("image_grid_thw", "video_grid_thw") if key in kept}
+    places, _ = _backbone(model).get_rope_index(
+        kept["input_ids"], mm_token_type_ids=kept["mm_token_type_ids"], attention_mask=mask.long(), **grids
+    )
+    places = torch.cat([mask.cumsum(1)[None] - 1, places])  # (4, B, T)
+    row = {key: kept[key][mask][None] for key in ("input_ids", "labels", "mm_token_type_ids")}
+    kept |= row | {"position_ids": places[:, mask][:, None], "use_cache": False}
+    return kept, *(mark[mask][None] for mark in marks)
+
+
 def sft_losses(
     model: nn.Module,
     config: LatentConfig,
@@ -244,6 +272,7 @@ def sft_losses(
     generator: torch.Generator | None = None,
     going_on: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    packing: bool = False,
 ) -> SftLosses:
     """One forward pass with gradients. `batch` is what `SftCollator` returns, on the model's device.
 
@@ -252,6 +281,7 @@ def sft_losses(
         generator: randomness of `own`, on the model's device.
         going_on: train the choice to go on as well; see above. False = the paper's.
         autocast: the context in which `model` itself computes; see `latent_targets`.
+        packing: make that pass without padding; see `_packed`. Changes no value beyond rounding.
     """
     targets = latent_targets(model, config, batch, autocast)
     fed = targets
@@ -263,12 +293,14 @@ def sft_losses(
     inputs = {key: value for key, value in batch.items() if key not in OURS}
     where = _latents(config, batch)
     choices = config.budget.choices(where) if going_on else torch.zeros_like(where)
+    if packing:
+        inputs, where, choices = _packed(model, inputs, where, choices)
     with (
         LatentChannel(model, config.tokens) as channel,
         _as_with_pictures(model, batch),
         overhear(model, choices, config.latent_end_id) as went_on,
     ):
-        channel.feed(fed, batch["response_start"])
+        channel.feed(fed, **({"where": where} if packing else {"response_start": batch["response_start"]}))
         ce = model(**inputs).loss
     decisions = (batch["labels"][:, 1:] != _IGNORED).sum()
     kept_going, asked = ce.new_zeros(()), 0
