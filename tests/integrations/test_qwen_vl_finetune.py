@@ -348,7 +348,7 @@ def test_deepspeed_configurations(parsed, monkeypatch):
 
 
 def test_fsdp_is_refused_by_name(parsed):
-    with pytest.raises(ConfigError, match=r"arguments.fsdp: FSDP gathers .* use qwen_vl_finetune.deepspeed=zero3"):
+    with pytest.raises(ConfigError, match=r"arguments.fsdp: FSDP2 around .* use qwen_vl_finetune.deepspeed=zero3"):
         parsed("qwen_vl_finetune.arguments={fsdp: full_shard}")
 
 

@@ -142,7 +142,7 @@ def test_the_configurations_behind_the_names(tmp_path):
     [
         ("hf_trainer.deepspeed=zero7", "hf_trainer.deepspeed: expected one of zero2, zero3, zero2_offload"),
         ("qwen_vl_finetune.deepspeed=zero7", "qwen_vl_finetune.deepspeed: expected one of zero2, zero3, zero2_offload"),
-        ("hf_trainer.fsdp=full_shard", "hf_trainer.fsdp: FSDP gathers weights for the wrapped model's own forward"),
+        ("hf_trainer.fsdp=full_shard", "hf_trainer.fsdp: FSDP2 around the whole model fails at the latent targets"),
     ],
 )
 def test_bad_sharding_starts_nothing(recipe, capsys, monkeypatch, key, expected):
@@ -162,7 +162,7 @@ def test_a_missing_deepspeed_is_found_before_torchrun(recipe, capsys, monkeypatc
 
 
 def test_fsdp_of_accelerate_launch_is_refused(recipe, capsys, monkeypatch):
-    with pytest.raises(ConfigError, match=r"FSDP is on: FSDP gathers .* use hf_trainer.deepspeed=zero3"):
+    with pytest.raises(ConfigError, match=r"FSDP is on: FSDP2 around .* use hf_trainer.deepspeed=zero3"):
         checked(SimpleNamespace(n_gpu=1, fsdp=["full_shard"]), "hf_trainer.deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert run_main([recipe()]) == 2

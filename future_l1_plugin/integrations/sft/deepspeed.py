@@ -25,8 +25,9 @@ NAMES = {
 PIP = f'Run: {sys.executable} -m pip install "deepspeed>=0.17.5,<0.20"'
 #: Why no host takes FSDP.
 NO_FSDP = (
-    "FSDP gathers weights for the wrapped model's own forward pass only, and the latent targets e* are a pass of the "
-    "vision tower before it. DeepSpeed gathers them module by module: use {key}=zero3"
+    "FSDP2 around the whole model fails at the latent targets e*, a pass of the vision tower by itself, for which it "
+    "gathers no weights. Around the text decoder alone it trains, but nothing here gathers its weights for a "
+    "checkpoint. DeepSpeed does both: use {key}=zero3"
 )
 
 

@@ -1,5 +1,5 @@
-"""Records that fail in the middle of a run, under `data.on_bad: skip`: each is named once, all are counted, too many end
-the run. That another record stood in for each of them is `data.sft.SftDataset`'s doing.
+"""Records that fail in the middle of a run, under `data.on_bad: skip`: each is named once, all are counted, too many
+end the run. That another record stood in for each of them is `data.sft.SftDataset`'s doing.
 """
 
 import sys
