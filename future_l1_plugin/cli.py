@@ -40,6 +40,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="initialises a projection head, if there is one (default: 0)"
     )
     parser.add_argument(
+        "--dtype", help="of the weights and what is trained from them, such as float32 (default: the base's)"
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -54,8 +57,21 @@ def _convert(args: argparse.Namespace) -> int:
         keys["system_prompt"] = args.system_prompt
     from future_l1_plugin.model import convert
 
-    out = convert(args.base, args.out, max_latent_token=args.max_latent_token, seed=args.seed, **keys)
+    out = convert(args.base, args.out, max_latent_token=args.max_latent_token, seed=args.seed, dtype=args.dtype, **keys)
     print(f"latent checkpoint: {out}")
+    return 0
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint-N of an SFT run, full or LoRA, or a folder of its adapters")
+    parser.add_argument("out", help="new folder for the latent checkpoint")
+    parser.add_argument("--base", metavar="START", help="the checkpoint that the run started from, if it does not tell")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from future_l1_plugin.model import export
+
+    print(f"latent checkpoint: {export(args.checkpoint, args.out, args.base)}")
     return 0
 
 
@@ -308,6 +324,7 @@ def _plan(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command("doctor", "check versions, device, video and disk; print what mends them", None, _doctor),
     Command("convert", "make a latent checkpoint from a Qwen3-VL one", _convert_arguments, _convert),
+    Command("export", "make a latent checkpoint from a checkpoint-N of an SFT run", _export_arguments, _export),
     Command("generate", "ask a latent checkpoint about a video or pictures", _generate_arguments, _generate),
     Command("world", "draw the micro world: videos, questions, training records", _world_arguments, _world),
     Command("curate", "choose the records whose future frames help a base model most", _curate_arguments, _curate),

@@ -5,6 +5,7 @@ from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.decode import LatentOutput, generate
 from future_l1_plugin.model.template import SYSTEM_PROMPT, chat_template
 from future_l1_plugin.model.tiny import make_tiny
+from future_l1_plugin.model.training import export
 
 __all__ = [
     "SYSTEM_PROMPT",
@@ -13,6 +14,7 @@ __all__ = [
     "attach_head",
     "chat_template",
     "convert",
+    "export",
     "generate",
     "load",
     "make_tiny",

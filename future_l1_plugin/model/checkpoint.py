@@ -22,6 +22,7 @@ from future_l1_plugin.latent.tokens import TOKENS, LatentTokens
 from future_l1_plugin.model.config import LatentConfig, check_tokenizer
 from future_l1_plugin.model.template import SYSTEM_PROMPT, chat_template
 from future_l1_plugin.model.token_rows import part_rows
+from future_l1_plugin.model.training import ADAPTER, merged, sources, stored_dtype
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 
@@ -159,17 +160,20 @@ def load(
     device: str | torch.device | None = "cpu",
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
+    base: str | Path | None = None,
     **overrides: Any,
 ) -> tuple[nn.Module, Any]:
     """Load a latent checkpoint as a stock Qwen3-VL model and its processor.
 
-    Checkpoints whose architectures say SwimBird_Qwen3VL, FutureL1_Qwen3VL or RICE_Qwen3VL load the same way.
+    Checkpoints whose architectures say SwimBird_Qwen3VL, FutureL1_Qwen3VL or RICE_Qwen3VL load the same way. So does a
+    checkpoint-N of an SFT run: adapters are merged, in float32 (`model.training`).
 
     Args:
-        path: folder or hub id of a latent checkpoint.
+        path: folder or hub id of a latent checkpoint, or a run's checkpoint-N.
         device: None = leave every weight and buffer where transformers put it, which is the only way under DeepSpeed's
             ZeRO-3: it has the weights divided over the processes and placed already.
         dtype: torch dtype, its name, or "auto" for the checkpoint's own.
+        base: the checkpoint that a run started from, where its checkpoint-N does not tell.
         overrides: latent keys to set instead of the checkpoint's (e.g. `max_latent_token=8`).
 
     Returns:
@@ -177,8 +181,8 @@ def load(
 
     Raises:
         CheckpointError: not a Qwen3-VL, files missing, no latent tokens, tokenizer and config disagree, head weights
-            that are missing or do not fit.
-        ConfigError: unknown dtype, or a device under ZeRO-3.
+            that are missing or do not fit; parts that another tool must put together first (says the command).
+        ConfigError: unknown dtype; under ZeRO-3 a device, or adapters.
     """
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
@@ -189,35 +193,54 @@ def load(
         )
     if _is_absent(path):
         raise CheckpointError(f"{path}: no such folder. Expected a latent Qwen3-VL checkpoint or a hub id.")
-    _check_folder(path)
-    with _reading(path):
-        hf_config = AutoConfig.from_pretrained(path)
+    parts = sources(path, base)
+    if parts.adapter and divided():
+        raise ConfigError(
+            f"load: {path} holds adapters, which are not merged under ZeRO-3. Run: future-l1 export first"
+        )
+    for folder in (parts.config, parts.weights):
+        _check_folder(folder)
+    with _reading(parts.config):
+        hf_config = AutoConfig.from_pretrained(parts.config)
+    stored = stored_dtype(AutoConfig.from_pretrained(parts.weights) if parts.adapter else hf_config)
     latent = LatentConfig.from_hf(hf_config)
     unknown = sorted(set(overrides) - set(LatentConfig.__dataclass_fields__))
     if unknown:
         raise CheckpointError(f"unknown latent keys {unknown}; known are {sorted(LatentConfig.__dataclass_fields__)}")
     latent = LatentConfig(**{**vars(latent), **overrides})
     latent.to_hf(hf_config)
-    processor = load_processor(path, latent)
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ConfigError(f"dtype: expected auto or a torch dtype such as bfloat16, found {dtype!r}")
-        dtype = getattr(torch, dtype)
+    processor = load_processor(parts.processor, latent)
+    dtype = "auto" if dtype == "auto" else _dtype(dtype)
+    weights = parts.weights
     # The released architecture names have no class in transformers: the stock class is named here, not looked up.
-    with _reading(path):
+    with _reading(weights):
         model = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, config=hf_config, dtype=dtype, attn_implementation=attn_implementation
+            weights,
+            config=hf_config,
+            dtype=torch.float32 if parts.adapter else dtype,
+            attn_implementation=attn_implementation,
         )
     model.config.architectures = [ARCHITECTURE]
     attach_head(model, latent)
     if latent.head != "none":
-        if not Path(path).exists():
+        if not Path(weights).exists():
             from huggingface_hub import snapshot_download
 
-            path = snapshot_download(str(path), allow_patterns=["*.safetensors"])
-        load_head(model, Path(path))
+            weights = snapshot_download(str(weights), allow_patterns=["*.safetensors"])
+        load_head(model, Path(weights))
+    if parts.adapter:
+        model = merged(model, parts.adapter)
+        _cast(model, stored if dtype == "auto" else dtype)
+    model.stored_dtype = stored  # of the files: a run trains in float32 and writes what it found
     model.latent_tokenizer = processor.tokenizer  # generate() decodes with it
     return (model if device is None else model.to(device)).eval(), processor
+
+
+def _dtype(given: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype: expected auto or a torch dtype such as bfloat16, found {given!r}")
+    return found
 
 
 def convert(
@@ -226,6 +249,7 @@ def convert(
     max_latent_token: int = 4,
     system_prompt: str = SYSTEM_PROMPT,
     seed: int = 0,
+    dtype: torch.dtype | str | None = None,
     **latent_keys: Any,
 ) -> Path:
     """Make a latent checkpoint from a Qwen3-VL one. The base is only read.
@@ -236,14 +260,16 @@ def convert(
     Args:
         system_prompt: opens conversations that bring no system turn; "" = none.
         seed: for new rows of the embedding, and for a head if `latent_keys` ask for one.
+        dtype: of the weights; None = the base's. What is trained from here on is written in it, too.
         latent_keys: further keys of `LatentConfig`.
 
     Raises:
         CheckpointError: the base is no Qwen3-VL, or `out_path` is the base or holds files already.
+        ConfigError: unknown dtype, or a latent key with a value that it cannot have.
     """
     from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-    out = Path(out_path)
+    out, dtype = Path(out_path), _dtype(dtype) if dtype is not None else None
     if _is_absent(base_path):
         raise CheckpointError(f"{base_path}: no such folder. Expected a Qwen3-VL checkpoint or a hub id.")
     _check_folder(base_path)
@@ -272,17 +298,49 @@ def convert(
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)  # draws the new rows
         attach_head(model, latent)
     part_rows(model, tokens, len(tokenizer), seed)
-    save(model, processor, out)
+    save(model, processor, out, dtype)
     return out
 
 
-def save(model: nn.Module, processor: Any, out_path: str | Path) -> None:
-    """Write a latent checkpoint; the folder appears only when it is whole."""
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Parameters in place; buffers stay: M-RoPE's frequencies in bfloat16 are wrong by radians."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+
+
+def save(
+    model: nn.Module,
+    processor: Any,
+    out_path: str | Path,
+    dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
+) -> None:
+    """Write a latent checkpoint; the folder appears only when it is whole.
+
+    Args:
+        dtype: of the weights on disk; None = as they are. The model stays as it is.
+        adapter: a folder with the adapters that were merged into the model; moves to the subfolder "adapter".
+    """
     out = Path(out_path)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    if dtype is None or dtype == model.dtype:
+        model.save_pretrained(part)
+    else:
+        tied = getattr(model, "all_tied_weights_keys", {})  # the copies of a tied weight would both be written
+        state = {name: value for name, value in model.state_dict().items() if name not in tied}
+        model.save_pretrained(part, state_dict={name: _stored(value, dtype) for name, value in state.items()})
+        config = json.loads((part / "config.json").read_text())
+        for section in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
+            section["dtype"] = str(dtype).removeprefix("torch.")
+        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     processor.save_pretrained(part)
+    if adapter is not None:
+        adapter.rename(part / ADAPTER)
     if out.exists() and not any(out.iterdir()):
         out.rmdir()
     part.rename(out)
+
+
+def _stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)

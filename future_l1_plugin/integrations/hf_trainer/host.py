@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.sft.deepspeed import check_startable, configuration
 from future_l1_plugin.integrations.sft.host import checked, shared_arguments
+from future_l1_plugin.integrations.sft.lora import adapted
 from future_l1_plugin.integrations.sft.memory import Sharding
 from future_l1_plugin.integrations.sft.recipe import LoraRecipe, SftRecipe
 
@@ -51,7 +52,7 @@ class HfTrainer:
     def prepare(self, model: "nn.Module", recipe: SftRecipe, arguments: "TrainingArguments") -> "nn.Module":
         """Vision tower and mergers stay as they are unless asked for; text decoder and lm_head learn (paper)."""
         model.model.visual.requires_grad_(recipe.train.train_vision)
-        return with_lora(model, recipe.train.lora) if recipe.train.lora.rank else model
+        return with_lora(model, recipe.train.lora, arguments) if recipe.train.lora.rank else model
 
     def trainer(self) -> "type[Trainer]":
         from future_l1_plugin.integrations.hf_trainer.trainer import LatentSftTrainer
@@ -59,16 +60,8 @@ class HfTrainer:
         return LatentSftTrainer
 
 
-def with_lora(model: "nn.Module", lora: LoraRecipe) -> "nn.Module":
-    """The model with LoRA on the text decoder; a latent head is trained whole."""
-    from peft import LoraConfig, get_peft_model
-
-    saved = ["projection_head"] if hasattr(model, "projection_head") else None
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=LORA_TARGETS,
-        modules_to_save=saved,
+def with_lora(model: "nn.Module", lora: LoraRecipe, arguments: "TrainingArguments | None" = None) -> "nn.Module":
+    """The model with LoRA on the text decoder; see `sft.lora.adapted` for what is trained beside it."""
+    return adapted(
+        model, arguments, targets=LORA_TARGETS, r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout
     )
-    return get_peft_model(model, config)

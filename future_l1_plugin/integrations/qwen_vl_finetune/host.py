@@ -2,7 +2,7 @@
 
 What its train_sft.py does between its public parts is done here, with these differences:
 1. Weights stay float32 under bf16 (autocast), as on transformers.Trainer; it casts them. DeepSpeed casts them anyway.
-2. A latent head is trained whole beside LoRA. It knows no head.
+2. A latent head is trained whole beside LoRA, and the embedding rows of the latent tokens. It knows neither.
 3. Gradient checkpointing is never re-entrant: with a frozen vision tower it asks for re-entrant.
 4. What is trained beside LoRA (merger, vision tower) comes back when a run resumes. It saves these weights and never
    reads them again. Checkpoints of LoRA runs beyond `log.keep` go, which its own `_save_checkpoint` leaves.
@@ -22,6 +22,7 @@ from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.qwen_vl_finetune.checkout import open_checkout
 from future_l1_plugin.integrations.sft.deepspeed import NO_FSDP, check_startable, read
 from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, shared_arguments
+from future_l1_plugin.integrations.sft.lora import adapted
 from future_l1_plugin.integrations.sft.memory import Sharding
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
@@ -128,12 +129,9 @@ class QwenVlFinetune:
         return self._with_lora(model, arguments) if arguments.lora_enable else model
 
     def _with_lora(self, model: "nn.Module", arguments: "TrainingArguments") -> "nn.Module":
-        from peft import LoraConfig, get_peft_model
-
         from future_l1_plugin.latent.channel import HEAD_NAME
 
-        saved = [HEAD_NAME] if hasattr(model, HEAD_NAME) else None
-        excluded = [*_excluded(arguments), *([] if arguments.vision_lora else ["visual"]), *(saved or [])]
+        excluded = [*_excluded(arguments), *([] if arguments.vision_lora else ["visual"]), HEAD_NAME]
         targets = self._modules.find_target_linear_names(
             model,
             num_lora_modules=arguments.num_lora_modules,
@@ -145,15 +143,15 @@ class QwenVlFinetune:
                 "qwen_vl_finetune.arguments.lora_namespan_exclude: this model's lm_head and embed_tokens are one "
                 "weight, into which two adapters cannot be merged. Set it to \"['lm_head', 'embed_tokens']\""
             )
-        config = LoraConfig(
+        model = adapted(
+            model,
+            arguments,
+            targets=targets,
             r=arguments.lora_rank,
             lora_alpha=arguments.lora_alpha,
-            target_modules=targets,
             lora_dropout=arguments.lora_dropout,
             bias=arguments.lora_bias,
-            modules_to_save=saved,
         )
-        model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():  # PEFT froze them again
             parameter.requires_grad |= (not arguments.freeze_vision_tower and "visual" in name) or (
                 not arguments.freeze_merger and "merger" in name
@@ -229,16 +227,10 @@ def _check_flags_together(arguments: "TrainingArguments") -> None:
 def latent_trainer(base: "type[Trainer]") -> "type[Trainer]":
     """Its trainer with our losses."""
     import torch
-    from transformers.trainer_utils import rotate_checkpoints
 
     from future_l1_plugin.integrations.sft.trainer import LatentLosses
 
     class LatentQwenSftTrainer(LatentLosses, base):
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            if self.args.lora_enable and self.args.should_save:
-                rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, use_mtime=True)
-
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             model = model or self.model
