@@ -24,6 +24,7 @@ if [[ ! -f $stamp || $(<"$stamp") != "$pins" ]]; then
     "${pip[@]}" --no-deps "$(grep '^torchvision==' <<<"$pins")"
     grep -v '^torchvision==' <<<"$pins" | "${pip[@]}" -r /dev/stdin msgspec einops pylatexenc pandas pytest scipy
     PYTHONPATH=$root "$venv/bin/python" patches/torchvision_cpu.py install
+    "${pip[@]}" --no-deps --use-pep517 -e .
     echo "$pins" >"$stamp"
 fi
 

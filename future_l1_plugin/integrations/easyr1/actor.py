@@ -9,6 +9,7 @@ tensors (k_i, H), and `rollout_log_probs` (N, T), the rollout's word on its own 
 the end markers that a budget forced.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,18 +23,20 @@ from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_b
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 
 from future_l1_plugin.integrations.rl.settings import LatentSection
+from future_l1_plugin.integrations.verl.failures import NotFinite
 from future_l1_plugin.la_dapo import (
     LaDapoLoss,
     Tempering,
-    continue_log_prob,
     latent_kl,
     latent_log_prob,
     policy_loss,
 )
-from future_l1_plugin.latent import LatentChannel, build_policy
+from future_l1_plugin.latent import LatentChannel, build_policy, continue_log_prob_at
 from future_l1_plugin.model.config import LatentConfig
 
-LATENTS, REF_MU, MEDIA = "latents", "ref_mu", "multi_modal_inputs"
+LATENTS, REF_MU, MEDIA, EXTRA = "latents", "ref_mu", "multi_modal_inputs", "extra_info"
+#: In `meta_info` of a batch: which step it is.
+STEP = "step"
 
 
 def object_array(values: Sequence[Any]) -> np.ndarray:
@@ -119,7 +122,11 @@ class LatentActor(DataParallelPPOActor):
         at = predicts & (labels == self.model_config.latent_id)
         chosen = latent_log_prob(self.policy, self._channel.mu, latents, self.tempering)  # float64 (K,)
         if not self.model_config.budget.exact:
-            chosen = chosen + continue_log_prob(logits[at], self.model_config.latent_end_id)
+            rows = at.flatten().nonzero()[:, 0]
+            logits, going_on = continue_log_prob_at(
+                logits, rows, self.model_config.latent_end_id, logits.new_ones(len(rows), dtype=torch.float32)
+            )
+            chosen = chosen + going_on
         return self._token_log_probs(logits, labels).double().masked_scatter(at, chosen)
 
     @torch.no_grad()
@@ -160,6 +167,7 @@ class LatentActor(DataParallelPPOActor):
             dist.all_reduce(counts)
             sums: dict[str, float] = defaultdict(float)
             largest: dict[str, float] = defaultdict(float)
+            total = 0.0
             for micro_batch in self._split(batch, self.config.micro_batch_size_per_device_for_update)[0]:
                 inputs = {**micro_batch.batch, **micro_batch.non_tensor_batch}
                 loss, means, most = self._la_dapo(inputs, temperature, *counts.tolist())
@@ -168,7 +176,11 @@ class LatentActor(DataParallelPPOActor):
                     sums[name] += value.item() * self.world_size  # so does the trainer
                 for name, value in most.items():
                     largest[name] = max(largest[name], value.item())
-            metrics["actor/grad_norm"].append(self._optimizer_step().item())
+                total += loss.item()
+            self._check_finite("loss", total, batch, counts.device)
+            norm = self._optimizer_step().item()  # EasyR1 leaves weights as they are where it is not finite
+            self._check_finite("gradient norm", norm, batch, counts.device)
+            metrics["actor/grad_norm"].append(norm)
             for name, value in sums.items():
                 metrics[f"actor/{name}"].append(value)
             maxima.append(self._over_ranks(largest, counts.device))
@@ -176,6 +188,24 @@ class LatentActor(DataParallelPPOActor):
             metrics[f"actor/{name}_max"] = [max(found[name] for found in maxima)]
             metrics[f"actor/{name}_first_max"] = [maxima[0][name]]  # before any update: rollout and actor agree
         return metrics
+
+    def _check_finite(self, what: str, value: float, batch: DataProto, device: torch.device) -> None:
+        """Raises NotFinite on all ranks if the value of any is not finite; nothing of the step is saved then."""
+        bad = torch.tensor(float(not math.isfinite(value)), device=device)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if not bad:
+            return
+        ids = [str(row["id"]) for row in batch.non_tensor_batch[EXTRA]]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (value, ids))
+        values, ids = zip(*found, strict=True)
+        prompts = ", ".join(dict.fromkeys(name for row in ids for name in row))
+        raise NotFinite(
+            f"step {batch.meta_info[STEP]}: expected a finite {what} of an update, found {', '.join(map(str, values))} "
+            f"(one a rank). Its prompts: {prompts}. Nothing of this step was saved. Run the same command: it goes on "
+            "from the newest checkpoint. If it ends here again, go on from a checkpoint before "
+            "(trainer.load_checkpoint_path) with another learning rate, attention kernel or data"
+        )
 
     def _rollout_gaps(self, batch: Any) -> dict[str, float]:
         """Largest |rollout - actor| log-probability, in nats (latents: tempered), of any rank."""

@@ -88,7 +88,7 @@ def load_config(arguments: Sequence[str]) -> LaDapoConfig:
 
 def _check(config: LaDapoConfig) -> None:
     actor, rollout, algorithm = config.worker.actor, config.worker.rollout, config.algorithm
-    plain = LatentDataConfig()
+    plain, lora = LatentDataConfig(), actor.model.lora
     wrong = [
         (algorithm.adv_estimator != "grpo", "algorithm.adv_estimator", algorithm.adv_estimator, "grpo"),
         (not (algorithm.use_kl_loss or algorithm.disable_kl), "algorithm.use_kl_loss", False, "it, or disable_kl,"),
@@ -102,7 +102,19 @@ def _check(config: LaDapoConfig) -> None:
         (actor.loss_type != "default", "worker.actor.loss_type", actor.loss_type, "default"),
         # With more, the hidden states of a latent and of its input would sit on two ranks.
         (actor.ulysses_size != 1, "worker.actor.ulysses_size", actor.ulysses_size, 1),
-        (actor.model.lora.rank > 0, "worker.actor.model.lora.rank", actor.model.lora.rank, 0),
+        (
+            lora.rank > 0 and lora.target_modules == "all-linear",
+            "worker.actor.model.lora.target_modules",
+            lora.target_modules,
+            "names of the text decoder's layers, such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        ),
+        # With LoRA the reference is the actor without its adapters: EasyR1 would move it away and not bring it back.
+        (
+            lora.rank > 0 and config.worker.ref.offload.offload_params and not actor.offload.offload_params,
+            "worker.ref.offload.offload_params",
+            True,
+            "false under LoRA, or worker.actor.offload.offload_params=true as well",
+        ),
         (rollout.name != ROLLOUT, "worker.rollout.name", rollout.name, ROLLOUT),
         (rollout.tensor_parallel_size != 1, "worker.rollout.tensor_parallel_size", rollout.tensor_parallel_size, 1),
         (rollout.ignore_eos, "worker.rollout.ignore_eos", True, False),

@@ -13,6 +13,7 @@ from verl.utils.dataset import collate_fn
 from verl.utils.torch_functional import postprocess_data
 
 from future_l1_plugin.data.rl import EncodedPrompt
+from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.easyr1.config import LatentDataConfig
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset
 from future_l1_plugin.rewards import RewardSet
@@ -75,12 +76,22 @@ def media(encoded: EncodedPrompt) -> dict[str, torch.Tensor]:
 def create_dataloaders(
     config: LatentDataConfig, processor: Any, rewards: RewardSet | None = None
 ) -> tuple[StatefulDataLoader, StatefulDataLoader]:
-    """For training, in an order of `data.seed`, and for validation; `rewards`: as in `LatentRLDataset`."""
+    """For training, in an order of `data.seed`, and for validation; `rewards`: as in `LatentRLDataset`.
+
+    Raises as `EasyR1Dataset`; ConfigError for fewer training prompts than a batch, which would train nothing.
+    """
     train, val = (EasyR1Dataset(files, config, processor, rewards) for files in (config.train_files, config.val_files))
     generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, generator=generator) if config.shuffle else SequentialSampler(train)
     shared = {"num_workers": config.num_workers, "collate_fn": collate_fn}
     batch_size = config.mini_rollout_batch_size or config.rollout_batch_size
+    if len(train) < batch_size:
+        key = "mini_rollout_batch_size" if config.mini_rollout_batch_size else "rollout_batch_size"
+        raise ConfigError(
+            f"data.{key}: expected at most the {len(train)} prompts of data.train_files, found {batch_size}. A round "
+            "of sampling takes so many, none of them twice. Lower it (and worker.actor.global_batch_size), set "
+            f"data.mini_rollout_batch_size={len(train)}, or give more prompts"
+        )
     val_size = len(val) if config.val_batch_size == -1 else config.val_batch_size
     return (
         StatefulDataLoader(train, batch_size=batch_size, sampler=sampler, drop_last=True, **shared),

@@ -23,6 +23,7 @@ from future_l1_plugin.data.rl import EncodedPrompt
 from future_l1_plugin.integrations.easyr1.actor import LATENTS, object_array
 from future_l1_plugin.integrations.easyr1.config import VALIDATE, LatentRolloutConfig
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT, EasyR1Dataset, media
+from future_l1_plugin.integrations.easyr1.lora import Merged
 from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
 from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
 from future_l1_plugin.integrations.rl.settings import LatentSection
@@ -138,12 +139,16 @@ class LatentRollout(BaseRollout):
 
 
 class RolloutWeights(BaseShardingManager):
-    """Brings the actor's weights into the copy that decodes; between rollouts the copy rests in host memory."""
+    """Brings the actor's weights into the copy that decodes; between rollouts the copy rests in host memory.
+
+    model: the copy, or with LoRA the copy as PEFT wraps it (`lora.like`).
+    """
 
     freed_bytes = 0  # EasyR1's memory metrics ask for it
 
-    def __init__(self, actor: nn.Module, model: LatentQwen3VL, device: str | torch.device, offload: bool) -> None:
+    def __init__(self, actor: nn.Module, model: nn.Module, device: str | torch.device, offload: bool) -> None:
         self.actor, self.model, self.device, self.offload = actor, model, device, offload
+        self._merged = Merged(model)
 
     @torch.no_grad()
     def load_vllm_and_sync_weights(self) -> None:
@@ -151,9 +156,10 @@ class RolloutWeights(BaseShardingManager):
         if self.offload:
             load_fsdp_model(self.actor)
         self.model.to(self.device)
-        own = self.model.state_dict()
-        for name, weight in get_model_state_dict(self.actor).items():
-            own.pop(name).copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+        with self._merged:
+            own = self.model.state_dict()
+            for name, weight in get_model_state_dict(self.actor).items():
+                own.pop(name).copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         if own:
             raise RuntimeError(f"the actor gave no weights for {', '.join(sorted(own))}")
         if self.offload:

@@ -2,6 +2,7 @@
 
 import uuid
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ from verl.protocol import DataProto
 from verl.single_controller.ray import RayWorkerGroup
 from verl.trainer.core_algos import AdvantageEstimator, register_adv_estimator
 from verl.trainer.ray_trainer import RayPPOTrainer, ResourcePoolManager, Role
+from verl.utils.checkpoint import remove_obsolete_ckpt
 from verl.utils.tokenizer import get_processor
 
 from future_l1_plugin.errors import CheckpointError
+from future_l1_plugin.integrations.easyr1.actor import STEP
+from future_l1_plugin.integrations.easyr1.checkpoints import NAME, finish, settle
 from future_l1_plugin.integrations.easyr1.config import LaDapoConfig
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT, create_dataloaders
+from future_l1_plugin.integrations.easyr1.resume import check_same_run
 from future_l1_plugin.integrations.easyr1.reward import CORRECT, DROPPED, LatentRewardManager, samples_of
 from future_l1_plugin.integrations.easyr1.worker import LatentFSDPWorker
 from future_l1_plugin.integrations.rl.settings import checked_rewards
@@ -23,6 +28,7 @@ from future_l1_plugin.integrations.rl.starved import way_out
 from future_l1_plugin.integrations.verl.metrics import span_metrics
 from future_l1_plugin.la_dapo import keep_group, la_dapo_advantage
 from future_l1_plugin.latent import LatentTokens
+from future_l1_plugin.resume import delete, fault
 
 
 class RolloutError(RuntimeError):
@@ -43,6 +49,31 @@ class LaDapoTrainer(RayPPOTrainer):
     def __init__(self, config: LaDapoConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.tokens = LatentTokens.from_tokenizer(self.tokenizer)
+        self._loaded: int | None = None  # step of the checkpoint that the run went on from
+
+    def _load_checkpoint(self) -> None:
+        trainer = self.config.trainer
+        if trainer.load_checkpoint_path is None and trainer.find_last_checkpoint:
+            for line in settle(Path(trainer.save_checkpoint_path)):
+                print(line)
+        super()._load_checkpoint()
+        self._loaded = self.global_step
+
+    def _save_checkpoint(self) -> None:
+        """EasyR1's, but old checkpoints go when the new one is whole."""
+        trainer = self.config.trainer
+        folder = Path(trainer.save_checkpoint_path)
+        checkpoint = folder / NAME.format(self.global_step)
+        if self.global_step == self._loaded and fault(checkpoint) is None:
+            return  # no step since: writing it again would put it at risk
+        delete(checkpoint)  # what a kill left under its name
+        limit, trainer.save_limit = trainer.save_limit, -1
+        try:
+            super()._save_checkpoint()
+        finally:
+            trainer.save_limit = limit
+        finish(folder, checkpoint)
+        remove_obsolete_ckpt(str(folder), self.global_step, self.best_global_step, limit)
 
     def _make_batch_data(self, metrics: dict[str, Any]) -> DataProto:
         """`data.rollout_batch_size` groups with their rewards. Rounds go on until there are so many.
@@ -72,6 +103,7 @@ class LaDapoTrainer(RayPPOTrainer):
                 if verdict == "kept":
                     kept.append(batch[start : start + n])
         data = DataProto.concat(kept[:wanted])
+        data.meta_info[STEP] = self.global_step
         metrics |= {f"reward/{name}": float(np.mean(values)) for name, values in columns.items()}
         metrics |= {f"groups/{name}": seen[name] for name in ("too_easy", "too_hard", "no_verdict")}
         metrics |= {"groups/rounds": rounds, "groups/surplus": len(kept) - wanted}
@@ -138,5 +170,7 @@ class Runner:
             reward_fn=reward_fn,
             val_reward_fn=reward_fn,
         )
+        for line in check_same_run(config, train.dataset.prompts):
+            print(line)
         trainer.init_workers()
         trainer.fit()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ pytest.importorskip("verl.trainer.main", reason="needs EasyR1: make test-easyr1 
 
 from verl.protocol import DataProto
 
-from future_l1_plugin.integrations.easyr1.actor import LATENTS, REF_MU, object_array
+from future_l1_plugin.integrations.easyr1 import actor as module
+from future_l1_plugin.integrations.easyr1.actor import EXTRA, LATENTS, REF_MU, STEP, object_array
+from future_l1_plugin.integrations.verl.failures import NotFinite
 
 pytestmark = pytest.mark.easyr1
 
@@ -54,8 +57,9 @@ def reference_batch(**more):
         non_tensors={
             LATENTS: object_array([vectors(i, row) for i, row in enumerate(found)]),
             REF_MU: object_array([vectors(100 + i, row) for i, row in enumerate(found)]),
+            EXTRA: object_array([{"id": f"q{i // 2}"} for i in range(len(found))]),
         },
-        meta_info={"temperature": REFERENCE["temperature"]},
+        meta_info={"temperature": REFERENCE["temperature"], STEP: 7},
     )
     return data
 
@@ -122,3 +126,30 @@ def test_latents_of_another_rollout_are_refused(actor):
     data.non_tensor_batch[LATENTS][2] = data.non_tensor_batch[LATENTS][2][1:]
     with pytest.raises(ValueError, match=r"has 10 <\|latent\|> ids, its rollout brought 9 latents"):
         actor.compute_log_prob(data)
+
+
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(actor, monkeypatch):
+    """EasyR1 prints a line and goes on."""
+    data = reference_batch()
+    actor.config.global_batch_size_per_device = len(data)
+    before = [weight.clone() for weight in actor.actor_module.parameters()]
+    data.batch["advantages"][2] = float("inf")
+    with pytest.raises(NotFinite, match=r"step 7: expected a finite loss of an update, found (nan|-?inf) .* q0, q1\."):
+        actor.update_policy(data)
+    data = reference_batch()
+    weight = next(weight for weight in actor.actor_module.parameters() if weight.requires_grad)
+    hook = weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(NotFinite, match="step 7: expected a finite gradient norm of an update, found nan"):
+        actor.update_policy(data)
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(actor.actor_module.parameters(), before, strict=True))
+    # A rank whose own loss is finite stops with the one whose loss is not.
+    others = SimpleNamespace(
+        ReduceOp=torch.distributed.ReduceOp,
+        all_reduce=lambda tensor, op: tensor.fill_(1.0),
+        get_world_size=lambda: 2,
+        all_gather_object=lambda found, own: found.__setitem__(slice(None), [own, (float("nan"), ["q8"])]),
+    )
+    monkeypatch.setattr(module, "dist", others)
+    with pytest.raises(NotFinite, match=r"found 0.5, nan \(one a rank\). Its prompts: q0, q1, q8\."):
+        actor._check_finite("loss", 0.5, data, torch.device("cpu"))

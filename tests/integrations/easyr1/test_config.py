@@ -27,7 +27,14 @@ def test_the_shipped_recipe_reaches_the_workers(make_config):
         ("algorithm.adv_estimator=rloo", "algorithm.adv_estimator: latents need grpo, found rloo"),
         ("algorithm.use_kl_loss=false", "algorithm.use_kl_loss: latents need it, or disable_kl"),
         ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size: latents need 1, found 2"),
-        ("worker.actor.model.lora.rank=8", "worker.actor.model.lora.rank: latents need 0, found 8"),
+        (
+            "worker.actor.model.lora={rank: 8, target_modules: all-linear}",
+            "worker.actor.model.lora.target_modules: latents need names of the text decoder's layers",
+        ),
+        (
+            "worker={actor: {model: {lora: {rank: 8}}}, ref: {offload: {offload_params: true}}}",
+            "worker.ref.offload.offload_params: latents need false under LoRA",
+        ),
         ("worker.rollout.name=vllm", "worker.rollout.name: latents need latent_hf, found vllm"),
         ("data.video_fps=1.0", "data.video_fps: latents need none of it, found 1.0"),
         ("config=other.yaml", "config=FILE once, found it 2 times"),

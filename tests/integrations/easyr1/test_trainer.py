@@ -15,6 +15,7 @@ import ray
 from verl.protocol import DataProto
 from verl.trainer.ray_trainer import compute_advantage
 
+from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.easyr1.dataset import create_dataloaders
 from future_l1_plugin.integrations.easyr1.reward import LatentRewardManager
 from future_l1_plugin.integrations.easyr1.trainer import LaDapoTrainer, RolloutError
@@ -78,6 +79,7 @@ def make_trainer(config, worker, rewards):
     )
     trainer.actor_rollout_ref_wg = LocalWorkers(worker)
     trainer.data_iterator = iter(train)
+    trainer.global_step = 0
     return trainer
 
 
@@ -130,6 +132,58 @@ def test_two_steps_of_easyr1s_training_loop(worker, make_config, decoded, cluste
     assert first["actor"]["text"]["kl_ref"] == first["actor"]["latent"]["kl_ref"] == 0
     assert second["actor"]["text"]["kl_ref"] > 1e-6 and second["actor"]["latent"]["kl_ref"] > 1e-6
     assert validation["val"]["acc_reward"] == 0.5
+
+
+def test_old_checkpoints_go_when_the_new_one_is_whole(worker, make_config, tmp_path, monkeypatch, capsys):
+    """EasyR1 removes them first, and a run killed in its save then starts from nothing."""
+    config = make_config(f"trainer={{save_checkpoint_path: {tmp_path}, save_limit: 1}}")
+    tracker = tmp_path / "checkpoint_tracker.json"
+
+    def trainer(step):
+        found = make_trainer(config, worker, None)
+        found.global_step = step
+        return found
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def resumed():
+        found = trainer(0)
+        monkeypatch.setattr(LocalWorkers, "load_checkpoint", lambda self, path: None, raising=False)
+        found._load_checkpoint()
+        return found
+
+    trainer(1)._save_checkpoint()
+    trainer(2)._save_checkpoint()
+    assert [path.name for path in sorted(tmp_path.glob("global_step_*"))] == ["global_step_2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("verl.trainer.ray_trainer.torch.save", killed)
+        trainer(3)._save_checkpoint()
+    again = resumed()
+    assert again.global_step == 2
+    assert f"passed over {tmp_path}/global_step_3: its saving did not come to an end" in capsys.readouterr().out
+    written = (tmp_path / "global_step_2" / "dataloader.pt").stat().st_mtime_ns
+    again._save_checkpoint()  # nothing was trained since
+    assert (tmp_path / "global_step_2" / "dataloader.pt").stat().st_mtime_ns == written
+    again.global_step = 3
+    again._save_checkpoint()
+    both = ["global_step_2", "global_step_3"]  # EasyR1 keeps the best beside the last: the first of equal scores
+    assert [path.name for path in sorted(tmp_path.glob("global_step_*"))] == both
+    tracker.write_text(tracker.read_text()[:20])  # killed while EasyR1 wrote it
+    assert resumed().global_step == 3 and json.loads(tracker.read_text())["last_global_step"] == 3
+    (tmp_path / "global_step_3" / "dataloader.pt").unlink()
+    assert resumed().global_step == 2
+    (tmp_path / "global_step_2" / "dataloader.pt").unlink()
+    assert resumed().global_step == 0 and not tracker.exists()
+    assert "training starts from its beginning" in capsys.readouterr().out
+
+
+def test_fewer_prompts_than_a_batch_are_told_before_anything_starts(worker, make_config):
+    data = make_config("data={rollout_batch_size: 64}").data
+    with pytest.raises(ConfigError, match=r"data.rollout_batch_size: expected at most the \d+ prompts .* found 64"):
+        create_dataloaders(data, worker.processor)
+    data.mini_rollout_batch_size = 2
+    assert len(create_dataloaders(data, worker.processor)[0]) > 0
 
 
 def test_the_advantage_is_la_dapos(worker):

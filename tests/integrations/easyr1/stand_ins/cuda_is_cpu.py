@@ -2,6 +2,7 @@
 
 import torch
 from torch.distributed import device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 _mesh, _group = device_mesh.DeviceMesh.__init__, torch.distributed.init_process_group
@@ -21,7 +22,12 @@ def _on_cpu(cls, *args, **kwargs):
     return _load(cls, *args, **kwargs | {key: cpu[key] for key in cpu if key in kwargs})
 
 
+def _to_cpu(self, *args, **kwargs):
+    return torch.Tensor.to(self, *("cpu" if torch.device("cuda") == to else to for to in args), **kwargs)
+
+
 device_mesh.DeviceMesh.__init__ = _cpu_mesh
+DTensor.to = _to_cpu
 torch.distributed.init_process_group = _gloo_group
 PreTrainedModel.from_pretrained = classmethod(_on_cpu)
 torch.cuda.current_device = lambda: torch.device("cpu")
