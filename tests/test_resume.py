@@ -105,6 +105,8 @@ def kind_of(host: str, key: str, old, new) -> str:
         ("sft", "processes", 8, 4, "refused"),
         ("sft", "devices", 2, 1, "said"),
         ("verl", "ranks", 8, 4, "refused"),
+        ("verl", "groups.max_failed", 16, 32, "extends"),
+        ("verl", "groups.max_failed", 32, 16, "extends"),  # what was done is the same
         ("verl", "trainer.total_epochs", 1, 2, "extends"),
         ("verl", "rewards.0.judge.base_url", "http://a", "http://b", "free"),
         ("verl", "rewards.0.judge.model", "a", "b", "refused"),

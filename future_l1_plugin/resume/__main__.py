@@ -12,8 +12,8 @@ three classes:
 - **changes results**: refused. The rest of the run would not be the run that was started. Name another folder, or
   train anew (`log.resume=false`, `trainer.resume_mode=disable`, `trainer.find_last_checkpoint=false`).
 - **changes only cost**: free. Where a result may move by rounding, the run says so.
-- **extends**: free in one direction, and said: a number may grow, a word may go from left to right. Lowered, it is
-  refused. -1 and null count as no number.
+- **extends**: free, and said: a number may grow, a word may go from left to right. Lowered, it is refused, unless the
+  row says "both ways". -1 and null count as no number.
 
 What is compared is content, not paths: record files, the start checkpoint (large files by size and a sample of bytes),
 videos and images (names and sizes), and the ids of the records that are used. A moved folder is free; a file that was
@@ -42,8 +42,9 @@ def _row(rule: Rule) -> str:
 
 def _what(rule: Rule) -> str:
     order = f" ({' -> '.join(rule.order)})" if rule.order else ""
+    both = ", both ways" if rule.both else ""
     said = f". Said: {rule.said}" if rule.said else ""
-    return f"{rule.why}{order}{said}"
+    return f"{rule.why}{order}{both}{said}"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Changes:
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys. Lists of mappings are numbered; other lists and empty mappings are values."""
     found: dict[str, Any] = {}
+    values = list(values) if isinstance(values, tuple) else values  # as it comes back from a file
     if isinstance(values, list) and values and all(isinstance(item, Mapping) for item in values):
         values = dict(enumerate(values))
     if isinstance(values, Mapping) and values:
@@ -58,7 +59,7 @@ def changes(host: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> C
             found.refused.append(line)
         elif rule.kind is Kind.COST:
             found.said += [f"{line} ({rule.said})"] if rule.said else []
-        elif _wider(rule, old, new):
+        elif rule.both or _wider(rule, old, new):
             found.extended.append(f"{line} ({rule.said or rule.why})")
         else:
             found.refused.append(f"{line} (it may be raised, not lowered)")

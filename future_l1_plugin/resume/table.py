@@ -28,7 +28,8 @@ class Rule:
         keys: patterns; `*` stands for anything within a part of a key, `**` for anything, `{a,b}` for one of these.
         why: what a change does, in half a sentence.
         order: EXTENDS: values that are no numbers, from the narrowest to the widest. Numbers may grow.
-        said: COST: what is printed when it changes, because a result may move a little.
+        both: EXTENDS: less of it is free, too, because what was done is the same.
+        said: what is printed when it changes: COST after which a result may move a little, or of EXTENDS.
         same: what two values are compared by; None: by themselves.
     """
 
@@ -36,6 +37,7 @@ class Rule:
     kind: Kind
     why: str
     order: tuple[str, ...] = ()
+    both: bool = False
     said: str = ""
     same: Callable[[Any], Any] | None = None
 
@@ -78,7 +80,7 @@ _JUDGE = "{base_url,api_key_file,timeout_s,max_concurrency,max_retries,backoff_s
 SFT: Sequence[Rule] = (
     Rule(("model", "data.{records,videos}"), Kind.COST, _PLACE),
     Rule(("output", "log.*"), Kind.COST, _REPORTS),
-    Rule(("eval.patience",), Kind.EXTENDS, _PATIENCE),
+    Rule(("eval.patience",), Kind.EXTENDS, _PATIENCE, both=True),
     Rule(
         ("eval.*",),
         Kind.COST,
@@ -88,7 +90,7 @@ SFT: Sequence[Rule] = (
     Rule(("train.{epochs,max_steps}",), Kind.EXTENDS, _LENGTH, said=_LONGER),
     Rule(("data.max_length",), Kind.EXTENDS, "longest sample; the records that are used must stay the same ones"),
     Rule(("data.on_bad",), Kind.EXTENDS, "what is left out; the records that are used must stay the same ones", _ORDER),
-    Rule(("data.max_failed",), Kind.EXTENDS, _PATIENCE),
+    Rule(("data.max_failed",), Kind.EXTENDS, _PATIENCE, both=True),
     Rule(
         ("train.micro_batch_size",),
         Kind.COST,
@@ -138,9 +140,9 @@ VERL: Sequence[Rule] = (
     ),
     Rule((f"{_WORKER}.rollout.max_model_len",), Kind.EXTENDS, "longest sequence of the engine"),
     Rule(("data.future_l1.on_bad",), Kind.EXTENDS, "what is left out; the prompts used must stay the same", _ORDER),
-    Rule(("groups.{max_failed,max_rounds}",), Kind.EXTENDS, _PATIENCE),
+    Rule(("groups.{max_failed,max_rounds}",), Kind.EXTENDS, _PATIENCE, both=True),
     Rule(("groups.stall_s",), Kind.COST, "how long a rollout is waited for before the run stops"),
-    Rule(("rewards.*.judge.on_failure",), Kind.EXTENDS, _PATIENCE, ("raise", "drop_group")),
+    Rule(("rewards.*.judge.on_failure",), Kind.EXTENDS, _PATIENCE, ("raise", "drop_group"), both=True),
     Rule((f"rewards.*.judge.{_JUDGE}",), Kind.COST, "where the judge is and how it is asked"),
     Rule(
         (
@@ -180,6 +182,7 @@ VERL: Sequence[Rule] = (
             f"{_WORKER}.{{actor,ref}}.fsdp_config.{{param_offload,optimizer_offload,offload_policy}}",
             f"{_WORKER}.{{actor,ref}}.**use_torch_compile",
             f"{_WORKER}.model.{{use_remove_padding,override_config.attn_implementation}}",
+            f"{_WORKER}.{{actor,ref}}.use_remove_padding",
             f"{_WORKER}.rollout.{{gpu_memory_utilization,max_num_seqs,max_num_batched_tokens,enforce_eager}}",
             f"{_WORKER}.rollout.{{cudagraph_capture_sizes,enable_chunked_prefill,enable_prefix_caching}}",
             f"{_WORKER}.rollout.{{tensor_model_parallel_size,data_parallel_size}}",
@@ -235,8 +238,8 @@ EASYR1: Sequence[Rule] = (
     ),
     Rule(("worker.rollout.max_model_len",), Kind.EXTENDS, "longest sequence of the engine"),
     Rule(("data.future_l1.on_bad",), Kind.EXTENDS, "what is left out; the prompts used must stay the same", _ORDER),
-    Rule(("trainer.max_try_make_batch",), Kind.EXTENDS, _PATIENCE),
-    Rule(("rewards.*.judge.on_failure",), Kind.EXTENDS, _PATIENCE, ("raise", "drop_group")),
+    Rule(("trainer.max_try_make_batch",), Kind.EXTENDS, _PATIENCE, both=True),
+    Rule(("rewards.*.judge.on_failure",), Kind.EXTENDS, _PATIENCE, ("raise", "drop_group"), both=True),
     Rule((f"rewards.*.judge.{_JUDGE}",), Kind.COST, "where the judge is and how it is asked"),
     Rule(
         (

@@ -21,6 +21,8 @@ def way_out(seen: Mapping[str, int], rounds: str, unfiltered: str) -> str:
         return "See in the log why prompts fail; mend them, or leave them out of the data."
     harder, better = "harder", ""
     if most == "too_hard":
-        harder, better = "easier", "Start from a better checkpoint, "
-    text = f"{better}use {harder} data, raise {rounds}, or switch the filter off ({unfiltered})."
-    return text[0].upper() + text[1:]
+        harder, better = "easier", "start from a better checkpoint, "
+    return (
+        f"Raise {rounds}, with which this run may go on; a new one may also {better}use {harder} data, or switch the "
+        f"filter off ({unfiltered})."
+    )
