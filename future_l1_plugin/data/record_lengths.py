@@ -77,8 +77,8 @@ class RecordLengths:
         except ValueError as error:  # an extreme aspect ratio
             return f"the processor refuses its frames: {error}"
         return (
-            f"{found:,} tokens, data.max_length is {self.max_length:,}. Raise it; a new run may also use fewer or smaller "
-            "question frames."
+            f"{found:,} tokens, data.max_length is {self.max_length:,}. Raise it; a new run may also use fewer or "
+            "smaller question frames."
         )
 
     def _shown(self, record: TwiffRecord, clip: ClipHeader) -> list[int]:

@@ -110,7 +110,7 @@ def test_verl_s_dataset_asks_the_section_beside_its_own(file):
         ({"no_verdict": 9, "too_hard": 3}, "`judge` of the entry `accuracy`", "checkpoint"),
         (
             {"too_hard": 9, "too_easy": 3},
-            "Raise R, with which this run may go on; a new one may also start from a better checkpoint, use easier data,",
+            "Raise R, with which this run may go on; a new one may also start from a better checkpoint, use easier",
             "judge",
         ),
         ({"too_easy": 9}, "a new one may also use harder data, or switch the filter off (F).", "checkpoint"),
