@@ -140,7 +140,7 @@ VERL: Sequence[Rule] = (
     ),
     Rule((f"{_WORKER}.rollout.max_model_len",), Kind.EXTENDS, "longest sequence of the engine"),
     Rule(("data.future_l1.on_bad",), Kind.EXTENDS, "what is left out; the prompts used must stay the same", _ORDER),
-    Rule(("groups.{max_failed,max_rounds}",), Kind.EXTENDS, _PATIENCE, both=True),
+    Rule(("groups.{max_failed,max_rounds,stall_s}",), Kind.EXTENDS, _PATIENCE, both=True),
     Rule(("groups.stall_s",), Kind.COST, "how long a rollout is waited for before the run stops"),
     Rule(("rewards.*.judge.on_failure",), Kind.EXTENDS, _PATIENCE, ("raise", "drop_group"), both=True),
     Rule((f"rewards.*.judge.{_JUDGE}",), Kind.COST, "where the judge is and how it is asked"),
