@@ -20,6 +20,7 @@ from future_l1_plugin.integrations.sft.deepspeed import NAMES, configuration, na
 from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, host_of, shared_arguments
 from future_l1_plugin.integrations.sft.memory import Sharding, Sizes, activations, model_states, with_lora
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
+from future_l1_plugin.integrations.sft.run import _few
 from future_l1_plugin.integrations.sft.run import main as run_main
 from future_l1_plugin.model import LatentConfig, load
 
@@ -436,3 +437,8 @@ def test_sharding_of_a_configuration_file():
     assert Sharding.from_config({"zero_optimization": zero}) == Sharding(3, True, True)
     assert Sharding.from_config({"zero_optimization": zero | {"stage": 2}}) == Sharding(2, True, False)
     assert Sharding.from_config({}) == Sharding(0)
+
+
+def test_records_that_do_not_fill_a_batch_are_said():
+    assert _few(8, 8) == ""
+    assert _few(5, 8).startswith("train.batch_size: a step takes 8 samples, there are 5 records.")

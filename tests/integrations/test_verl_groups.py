@@ -1,5 +1,10 @@
 """Which groups a step is trained on: the buffer on a real TransferQueue, and group rewards by hand."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 
@@ -10,13 +15,16 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.rl.samples import group_rewards
 from future_l1_plugin.integrations.verl.correction import weights_of
-from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, NotFinite, RolloutError
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
+from future_l1_plugin.integrations.verl.keeper import Keeper
 from future_l1_plugin.integrations.verl.metrics import angle_gaps, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.reward import DROPPED, last_token
 from future_l1_plugin.integrations.verl.settings import GroupsSection
+from future_l1_plugin.integrations.verl.watch import Asked, Watch
 from future_l1_plugin.la_dapo import RolloutCorrection
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards import RewardSet, Sample
@@ -350,3 +358,96 @@ def test_weights_of_text_and_latents_by_hand():
             "rollout_correction/latent_truncated": 0.5,
         }
     )
+
+
+@pytest.fixture
+def worker():
+    """An actor and its process."""
+    actor = ray.remote(Keeper).options(num_cpus=0).remote()
+    yield actor, ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+    ray.kill(actor)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_worker_that_is_killed_ends_the_wait_with_its_prompts(worker, partition):
+    actor, process = worker
+    submit("a0", [1.0], partition=partition)
+    submit("a1", status="running", partition=partition)
+    submit("a2", status="pending", partition=partition)
+    waiting = buffer(stall_s=None)
+    waiting.watch = Watch({"agent-loop worker 0": actor}, {"a1": Asked("clip-7", "agent-loop worker 0")})
+    kill = threading.Timer(1.0, os.kill, (process, signal.SIGKILL))  # it has answered once by then
+    kill.start()
+    started = time.monotonic()
+    with pytest.raises(
+        RolloutError, match=r"agent-loop worker 0 died: .*2 prompts are waited for: clip-7 \(agent-loop"
+    ):
+        waiting.sample(1, partition, 3)
+    assert 1 <= time.monotonic() - started < 15
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_worker_that_is_busy_is_not_taken_for_dead(worker):
+    actor, _ = worker
+    watch = Watch({"agent-loop worker 0": actor}, {})
+    actor.__ray_call__.remote(lambda self: time.sleep(2))
+    for _ in range(3):
+        watch._next = 0.0
+        watch.check(["a1"])
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_stall_ends_the_wait_and_names_the_prompts():
+    submit("a0", status="running")
+    submit("a1", status="running")
+    waiting = buffer(stall_s=1.5)
+    waiting.watch = Watch(
+        {}, {"a0": Asked("clip-7", "agent-loop worker 1"), "a1": Asked("clip-8", "agent-loop worker 0")}
+    )
+    later = threading.Timer(1.0, submit, ("a1", [1.0]))  # an end within the limit: it begins anew
+    later.start()
+    started = time.monotonic()
+    said = r"no rollout of the step came to its end for 1.5 s \(groups.stall_s\). 1 prompts are waited for: clip-7"
+    with pytest.raises(RolloutError, match=said):
+        waiting.sample(1, "train", 2)
+    assert time.monotonic() - started > 2.4
+
+
+def test_a_stall_limit_is_checked():
+    with pytest.raises(ConfigError, match=r"groups\.stall_s: expected seconds above 0, or null"):
+        GroupsSection(stall_s=0)
+
+
+def test_a_step_that_is_not_finite_stops_before_anything_is_saved(monkeypatch):
+    """verl's own reduction of its workers' figures, of two updates, one of them without a finite gradient."""
+    from types import SimpleNamespace
+
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+    from verl.utils.metric import reduce_metrics
+
+    from future_l1_plugin.integrations.verl.trainer import LaDapoTrainer
+
+    figures = {"actor/grad_norm": [0.5, 0.7], "actor/loss": [0.1, 0.2]}
+
+    def update(self, batch, metrics):
+        metrics.update(reduce_metrics({key: list(values) for key, values in figures.items()}))
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_update_actor", update)
+    trainer = object.__new__(LaDapoTrainer)
+    trainer._pixels = ray.remote(Keeper).options(num_cpus=0).remote()
+    trainer._tell = lambda batch: None
+    trainer.global_steps = 7
+    trainer._asked = {"a0": Asked("clip-7", ""), "a1": Asked("clip-8", "")}
+    batch = SimpleNamespace(keys=["a1_0_0", "a0_0_0", "a0_1_0"])
+    metrics = {}
+    assert trainer._update_actor(batch, metrics) is batch
+    assert metrics["actor/grad_norm"] == pytest.approx(0.6)
+    for name in figures:
+        for value in (float("nan"), float("inf")):
+            sound, figures[name][0] = figures[name][0], value
+            said = rf"step 7: .*{name} {value}.*Its prompts: clip-8, clip-7\. The same command"
+            with pytest.raises(NotFinite, match=said):
+                trainer._update_actor(batch, metrics)
+            figures[name][0] = sound

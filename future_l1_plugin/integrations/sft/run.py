@@ -136,7 +136,19 @@ def _records(recipe: SftRecipe, lengths: "RecordLengths") -> "Records":
         print(f"left out {len(data.bad)} of {len(data.bad) + len(data)} records", file=sys.stderr)
     if silent := sum(not record.image for record in data):
         print(f"{silent:,} of {len(data):,} records show no frame in their question (`image` is empty): they are text")
+    if few := _few(len(data), recipe.train.batch_size):
+        print(few, file=sys.stderr)
     return data
+
+
+def _few(records: int, batch_size: int) -> str:
+    """What becomes of a batch that the records do not fill; empty if they do."""
+    if records >= batch_size:
+        return ""
+    return (
+        f"train.batch_size: a step takes {batch_size} samples, there are {records} records. Each step trains on all "
+        f"of them, an epoch is one step. Lower it to {records} or less, or add records"
+    )
 
 
 def _tensorboard(folder: Path):

@@ -17,10 +17,18 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.profiler import simple_timer
 
 from future_l1_plugin.errors import DataError
-from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, PromptFailed, RequestAborted
+from future_l1_plugin.integrations.verl.failures import (
+    ERROR,
+    FATAL,
+    PROMPT_ID,
+    PromptFailed,
+    RequestAborted,
+    RolloutError,
+)
 from future_l1_plugin.integrations.verl.pixels import SharedPrompt, pixel_dtype, share
 from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import latent_section
+from future_l1_plugin.integrations.verl.watch import GO_ON, Asked, agent_loop_worker, words
 from future_l1_plugin.latent.tokens import LATENT
 
 #: Field of a prompt: which decoding wave it belongs to (`LatentAgentLoopManager`).
@@ -190,12 +198,15 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
         single_server = trainer.n_gpus_per_node * trainer.nnodes == rollout.tensor_model_parallel_size
         self._waves = single_server or rollout.name == VLLM_ROLLOUT
         self._last: tuple[Any, int] = (None, 0)
+        self.asked: dict[str, Asked] = {}  # the prompts of the step, or of the validation, by uid
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         validate = bool(tu.get(prompts, "validate", False))
         rollout, step = self.config.actor_rollout_ref.rollout, tu.get(prompts, "global_steps", 0)
         n = rollout.val_kwargs.n if validate else rollout.n
         source = ("val" if validate else "train", step)
+        if self._last[0] != source:
+            self.asked.clear()
         self._last = (source, self._last[1] + 1 if self._last[0] == source else 0)
         name = f"{source[0]}-{step}-{self._last[1]}" if self._waves else None
         waves = [
@@ -203,4 +214,15 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
             for i in range(len(prompts))
         ]
         tu.assign_non_tensor_stack(prompts, WAVE, waves)
-        return super().generate_sequences(prompts)
+        self._note(prompts)
+        try:
+            return super().generate_sequences(prompts)
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            raise RolloutError(f"an agent-loop worker died before its prompts came: {words(error)} {GO_ON}") from error
+
+    def _note(self, prompts: TensorDict) -> None:
+        """Who gets which prompt: verl gives each worker one chunk."""
+        uids, extras = ([getattr(x, "data", x) for x in list(prompts[name])] for name in ("uid", "extra_info"))
+        for number, rows in enumerate(torch.arange(len(prompts)).chunk(len(self.agent_loop_workers))):
+            for i in rows.tolist():
+                self.asked[str(uids[i])] = Asked(str(extras[i]["id"]), agent_loop_worker(number))

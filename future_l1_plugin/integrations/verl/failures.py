@@ -8,6 +8,10 @@ class RolloutError(RuntimeError):
     """A rollout or its reward failed, or no group is left to train on."""
 
 
+class NotFinite(RuntimeError):
+    """A loss or a gradient of a step is NaN or infinite."""
+
+
 class RequestAborted(RuntimeError):
     """The rollout engine gave a request up that was sound."""
 

@@ -24,6 +24,7 @@ from future_l1_plugin.integrations.rl.starved import way_out
 from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
 from future_l1_plugin.integrations.verl.reward import DROPPED
 from future_l1_plugin.integrations.verl.settings import GroupsSection
+from future_l1_plugin.integrations.verl.watch import GO_ON, Watch
 from future_l1_plugin.la_dapo import keep_group
 
 POLL_S = 0.05
@@ -38,7 +39,12 @@ class GroupBuffer(ReplayBuffer):
         groups: bounds, refill factor and patience.
         filtered: whether groups outside of the bounds are replaced. Groups that lack a judge's verdict always are.
         on_clear: called with the prompts (uids) whose groups are dropped.
+
+    Attributes:
+        watch: asked while prompts are waited for; the trainer sets it when the rollout's actors are there.
     """
+
+    watch: Watch | None = None
 
     def __init__(
         self, groups: GroupsSection, filtered: bool, on_clear: Callable[[set[str]], Any] | None = None, **kwargs: Any
@@ -94,14 +100,36 @@ class GroupBuffer(ReplayBuffer):
         }
 
     def _wait(self, partition_id: str) -> None:
-        """Until every prompt submitted has come to its end."""
+        """Until every prompt submitted has come to its end.
+
+        Raises RolloutError: one failed for good, an actor of the rollout died, or nothing came for `groups.stall_s`.
+        """
+        ended, since = (-1, -1), time.monotonic()
         while True:
             self._sync_metadata_from_transfer_queue()
-            if not self.pending_keys[partition_id] and not self.running_keys[partition_id]:
+            waited = self.pending_keys[partition_id] | self.running_keys[partition_id]
+            if not waited:
                 return
             if self.failure_keys[partition_id]:
                 self._stop_if_fatal(partition_id)
+            if self.watch is not None:
+                self.watch.check(waited)
+            # Rollouts that are in, and prompts that ended, some of them without any.
+            now = len(self.partitions[partition_id]), len(self.failure_keys[partition_id])
+            if now != ended:
+                ended, since = now, time.monotonic()
+            elif self.groups.stall_s is not None and time.monotonic() - since > self.groups.stall_s:
+                raise RolloutError(self._stalled(partition_id, waited))
             time.sleep(POLL_S)
+
+    def _stalled(self, partition_id: str, waited: set[str]) -> str:
+        where = "the step" if partition_id == "train" else "a batch of the validation"
+        names = f"{len(waited)} prompts are waited for." if self.watch is None else self.watch.described(waited)
+        return (
+            f"no rollout of {where} came to its end for {self.groups.stall_s:g} s (groups.stall_s). {names} If they "
+            "take that long, raise groups.stall_s (null: wait for ever). If not, look at the log and the load of the "
+            f"rollout's servers. {GO_ON}"
+        )
 
     def _stop_if_fatal(self, partition_id: str) -> dict[str, dict[str, Any]]:
         """The tags of the prompts that failed. Raises RolloutError for a failure that is not its prompt's."""

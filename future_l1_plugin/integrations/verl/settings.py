@@ -43,6 +43,7 @@ class GroupsSection:
     refill: float = 1.5  # prompts sampled anew for each one that is missing
     max_rounds: int = 10  # rounds of sampling a step
     max_failed: int = 16  # groups a step, or a batch of a validation, that may fail by their own fault
+    stall_s: float | None = 3600.0  # seconds without the end of any rollout before the run stops; None = wait for ever
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
@@ -53,6 +54,10 @@ class GroupsSection:
             )
         if self.max_failed < 0:
             raise ConfigError(f"groups.max_failed: expected 0 (none) or more, found {self.max_failed}")
+        if self.stall_s is not None and not self.stall_s > 0:
+            raise ConfigError(
+                f"groups.stall_s: expected seconds above 0, or null (wait for ever), found {self.stall_s}"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ What is overridden are verl's hooks where there are any, and its private steps `
 `_compute_ref_log_prob`, `_compute_advantage` where there are none (verl is pinned; a test watches their signatures).
 """
 
+import logging
+import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,12 +20,15 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from future_l1_plugin.compat import require
+from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.verl import advantage  # noqa: F401 (registers itself, also if this module comes first)
 from future_l1_plugin.integrations.verl.batch import rows
+from future_l1_plugin.integrations.verl.checkpoints import Checkpoints, kept, nothing_removed
 from future_l1_plugin.integrations.verl.correction import WEIGHTS, weights_of
 from future_l1_plugin.integrations.verl.dataset import even_out
 from future_l1_plugin.integrations.verl.engine import ANGLE, LATENT, RETURN_ANGLE, RETURN_MU, latent_settings
+from future_l1_plugin.integrations.verl.failures import NotFinite
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
@@ -32,9 +38,15 @@ from future_l1_plugin.integrations.verl.resume import check_same_run, logged_bef
 from future_l1_plugin.integrations.verl.reward import last_token
 from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
+from future_l1_plugin.integrations.verl.watch import GO_ON, Watch, agent_loop_worker
 from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.latent import LatentTokens
+from future_l1_plugin.resume import MARKER, fault
 
+logger = logging.getLogger(__name__)
+
+#: Of verl's figures of an update: what is not finite when a gradient was not.
+_FINITE = ("actor/loss", "actor/grad_norm")
 #: What rollout and actor say of the same actions.
 _GAP = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
 
@@ -70,6 +82,12 @@ class LaDapoTrainer(PPOTrainerSync):
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         even_out(self.val_dataloader)
+        found, wanted = len(self.train_dataset), self.config.data.train_batch_size
+        if found < wanted:  # verl would validate first, and then divide by the steps of an epoch
+            raise ConfigError(
+                f"data.train_batch_size: a step takes {wanted} different prompts, data.train_files hold {found} that "
+                f"can be used. Add prompts, or lower it (and actor_rollout_ref.actor.ppo_mini_batch_size) to {found}"
+            )
 
     def _build_replay_buffer(self) -> GroupBuffer:
         sampler = self.config.trainer.v1.sampler
@@ -86,8 +104,31 @@ class LaDapoTrainer(PPOTrainerSync):
         )
 
     def _load_checkpoint(self) -> None:
-        check_same_run(self.config)
+        """The newest whole checkpoint, whatever verl's tracker file names; or the one that the user named.
+
+        Raises CheckpointError: that one is not whole. ConfigError: see `check_same_run`.
+        """
+        trainer = self.config.trainer
+        folder = Path(trainer.default_local_dir).absolute()
+        self._checkpoints = Checkpoints(folder, logger.warning)
+        if trainer.resume_mode == "auto":
+            self._checkpoints.settle()
+        elif trainer.resume_mode == "resume_path":
+            named = Path(str(trainer.resume_from_path)).absolute()
+            if (named / MARKER).exists() and (reason := fault(named)):
+                raise CheckpointError(f"trainer.resume_from_path: {named}: {reason}. Name another checkpoint")
+        check_same_run(self.config, self.train_dataset.prompts)
         super()._load_checkpoint()
+        if trainer.resume_mode != "auto":
+            own = trainer.resume_mode == "resume_path" and named.parent == folder
+            self._checkpoints.begin(self.global_steps if own else 0)
+
+    def _save_checkpoint(self) -> None:
+        """verl's; what is too old goes when the new one is whole, of this start and of the run's earlier ones."""
+        self._checkpoints.make_way(self.global_steps)
+        with nothing_removed(self.config.trainer):
+            super()._save_checkpoint()
+        self._checkpoints.retain(self.global_steps, kept(self.config.trainer))
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -104,6 +145,15 @@ class LaDapoTrainer(PPOTrainerSync):
     def fit(self, agent_loop_manager: Any) -> None:
         # verl's file logger empties its file at each start.
         self._logged = logged_before(self.config, self.global_steps)
+        self._asked = agent_loop_manager.asked
+        servers = [one for replica in self.llm_server_manager.get_replicas() for one in replica.servers]
+        self.replay_buffer.watch = Watch(
+            {agent_loop_worker(i): one for i, one in enumerate(agent_loop_manager.agent_loop_workers)}
+            | {f"rollout server {i}": one for i, one in enumerate(servers)}
+            | {f"reward worker {i}": one for i, one in enumerate(self.get_reward_handles() or ())}
+            | {"the keeper of pixels": self._pixels},
+            self._asked,
+        )
         super().fit(agent_loop_manager)
 
     def on_train_begin(self) -> None:
@@ -181,8 +231,28 @@ class LaDapoTrainer(PPOTrainerSync):
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._tell(batch)
         batch = super()._update_actor(batch, metrics)
+        self._check_finite(batch, metrics)
         metrics.update(ray.get(self._pixels.clear.remote()))  # no pass over them is left in this step
         return batch
+
+    def _check_finite(self, batch: Any, metrics: dict[str, Any]) -> None:
+        """Stop before weights are saved or sent, where verl skips the update with a line in a worker's log.
+
+        The figures are means over the ranks and the updates of the step, so one that is not finite shows.
+
+        Raises NotFinite.
+        """
+        if all(math.isfinite(metrics[name]) for name in _FINITE):
+            return
+        uids = dict.fromkeys(key.split("_")[0] for key in batch.keys)
+        prompts = [self._asked[uid].prompt_id for uid in uids if uid in self._asked]
+        figures = ", ".join(f"{name} {metrics[name]}" for name in _FINITE)
+        raise NotFinite(
+            f"step {self.global_steps}: a loss or a gradient is not finite ({figures}; means over the updates of the "
+            f"step). Nothing of this step was saved or sent to the rollout. Its prompts: {', '.join(prompts)}. {GO_ON} "
+            "If it ends here again, go on with another learning rate, attention kernel or data: "
+            "trainer.resume_mode=resume_path trainer.resume_from_path=CHECKPOINT and a trainer.project_name of its own"
+        )
 
     def _tell(self, batch: Any, return_mu: bool = False, return_angle: bool = False) -> None:
         """Tell the engine how latents were drawn and what is wanted back."""
