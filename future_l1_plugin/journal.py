@@ -171,6 +171,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def to_disk(folder: str | os.PathLike) -> None:
+    """Every file below `folder`, and the names of all: what is renamed or marked as whole after that is, in a power cut
+    too."""
+    folder = Path(folder)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    places = {file.parent for file in files} | {folder}
+    for path in [*files, *sorted(places, reverse=True)]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _not_written(path: Path, error: OSError) -> DataError:
     mend = "free space" if error.errno in _NO_SPACE else "mend that"
     return DataError(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
+from future_l1_plugin.journal import to_disk
 from future_l1_plugin.latent.channel import HEAD_NAME, latent_head
 from future_l1_plugin.latent.heads import build_head
 from future_l1_plugin.latent.tokens import TOKENS, LatentTokens
@@ -339,6 +340,7 @@ def save(
         adapter.rename(part / ADAPTER)
     if out.exists() and not any(out.iterdir()):
         out.rmdir()
+    to_disk(part)
     part.rename(out)
 
 

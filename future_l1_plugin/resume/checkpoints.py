@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from future_l1_plugin.journal import atomic_write
+from future_l1_plugin.journal import atomic_write, to_disk
 
 MARKER = "whole.json"
 
@@ -22,15 +22,10 @@ def seal(folder: str | os.PathLike) -> None:
     Raises DataError: the disk is full.
     """
     folder = Path(folder)
+    to_disk(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
-    for file in files:
-        _to_disk(file)
-    for place in {file.parent for file in files} | {folder}:
-        _to_disk(place)
     with atomic_write(folder / MARKER) as marker:
         marker.write(json.dumps({str(file.relative_to(folder)): file.stat().st_size for file in files}).encode())
-    _to_disk(folder)
-    _to_disk(folder.parent)
 
 
 def fault(folder: str | os.PathLike) -> str | None:
@@ -90,11 +85,3 @@ def delete(folder: Path) -> None:
     """The marker first: what a kill leaves of the folder is not whole."""
     (folder / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
