@@ -80,13 +80,6 @@ _JUDGE = "{base_url,api_key_file,timeout_s,max_concurrency,max_retries,backoff_s
 SFT: Sequence[Rule] = (
     Rule(("model", "data.{records,videos}"), Kind.COST, _PLACE),
     Rule(("output", "log.*"), Kind.COST, _REPORTS),
-    Rule(("eval.patience",), Kind.EXTENDS, _PATIENCE, both=True),
-    Rule(
-        ("eval.*",),
-        Kind.COST,
-        "what is evaluated",
-        said="evaluations before and after do not compare; with eval.patience the best so far may be of other records",
-    ),
     Rule(("train.{epochs,max_steps}",), Kind.EXTENDS, _LENGTH, said=_LONGER),
     Rule(("eval.patience",), Kind.EXTENDS, _PATIENCE),
     Rule(
