@@ -35,6 +35,13 @@ RECIPE_KEYS = {
     "gradient_checkpointing_kwargs": "train.gradient_checkpointing",
     "logging_steps": "log.every",
     "logging_first_step": "log.every",
+    "logging_nan_inf_filter": "log",
+    "eval_strategy": "eval.records",
+    "eval_steps": "eval.every",
+    "per_device_eval_batch_size": "train.micro_batch_size",
+    "load_best_model_at_end": "eval.patience",
+    "metric_for_best_model": "eval.patience",
+    "greater_is_better": "eval.patience",
     "save_strategy": "log.save_every",
     "save_steps": "log.save_every",
     "save_total_limit": "log.keep",
@@ -101,6 +108,7 @@ def shared_arguments(recipe: SftRecipe, checkpoints: Path) -> dict[str, Any]:
     import torch
 
     train, log, cuda = recipe.train, recipe.log, torch.cuda.is_available()
+    stops_early = recipe.eval.patience is not None
     return {
         "output_dir": str(checkpoints),
         "num_train_epochs": train.epochs,
@@ -118,6 +126,13 @@ def shared_arguments(recipe: SftRecipe, checkpoints: Path) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "logging_steps": log.every,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not finite as 0
+        "eval_strategy": "steps" if recipe.eval.records else "no",
+        "eval_steps": recipe.eval.every if recipe.eval.records else None,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "load_best_model_at_end": stops_early,
+        "metric_for_best_model": "eval_loss" if stops_early else None,
+        "greater_is_better": False if stops_early else None,
         "save_strategy": "steps" if log.save_every else "no",
         "save_steps": log.save_every or 500,
         "save_total_limit": log.keep,

@@ -1,6 +1,7 @@
 """What an SFT recipe may say: the keys of `recipes/sft*.yaml`, their types and defaults.
 
-`recipes/sft.yaml` explains each key, with its unit and source; the defaults here are the paper's.
+`recipes/sft.yaml` explains each key, with its unit and source; the defaults here are the paper's, but for
+`latent.train_going_on`.
 """
 
 from dataclasses import dataclass, field
@@ -31,13 +32,15 @@ class DataRecipe:
 class LatentRecipe:
     """The latent loss, how many latents a future frame gets, and what the latent inputs are.
 
-    null = keep the checkpoint's value; `own_*` are `model.objective.OwnLatents` and no part of a checkpoint.
+    null = keep the checkpoint's value; `train_going_on` (see `model.objective`) and `own_*` (`OwnLatents` there) are no
+    part of a checkpoint.
     """
 
     loss: str | None = None  # mse | sum_mse | cosine
     weight: float | None = None  # lambda, the latent loss beside the cross-entropy
     max_latent_token: int | None = None
     train_fixed_latent_budget: int | None = None
+    train_going_on: bool = True  # train the choice to go on in a span; False = the paper's. A fixed budget has none
     own_share: float = 0.0  # share of the samples fed the model's own latents; 0 = e* everywhere, the paper's
     own_passes: int = 4  # passes without gradient that these are found by
     own_mean_cosine: float | None = None  # draw them from the vMF with this mean cosine around mu; null = mu itself
@@ -60,6 +63,7 @@ class TrainRecipe:
     max_steps: int = -1  # overrides epochs if positive
     batch_size: int = 128  # samples an optimiser step, over all devices
     micro_batch_size: int = 1  # samples a forward pass on one device
+    packing: bool = False  # lay them one behind the other, without padding
     learning_rate: float = 1.0e-5
     schedule: str = "cosine"
     warmup_ratio: float = 0.1
@@ -73,6 +77,19 @@ class TrainRecipe:
     seed: int = 0
     check_memory: bool = True  # refuse to start where the estimate exceeds the GPU's memory
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+
+
+@dataclass
+class EvalRecipe:
+    """Held-out records: their loss, and early stopping by it. Greedy decoding of a few prompts: are there spans?"""
+
+    records: str | None = None  # as data.records; null = no evaluation while training
+    videos: str | None = None  # root of their video paths; null = data.videos
+    every: int = 100  # steps
+    limit: int | None = 256  # records of the file, the first ones
+    patience: int | None = None  # evaluations without a lower loss, after which the run ends with its best checkpoint
+    prompts: int = 16  # decoded at each evaluation and, without `records`, at the end; 0 = none
+    max_new_tokens: int = 256  # of each of them
 
 
 @dataclass
@@ -122,6 +139,7 @@ class SftRecipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     latent: LatentRecipe = field(default_factory=LatentRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
     hf_trainer: HfTrainerRecipe = field(default_factory=HfTrainerRecipe)
     qwen_vl_finetune: QwenVlFinetuneRecipe = field(default_factory=QwenVlFinetuneRecipe)
@@ -144,14 +162,31 @@ class SftRecipe:
             (self.train, "train", ("batch_size", "micro_batch_size")),
             (self.log, "log", ("every", "keep")),
             (self.latent, "latent", ("own_passes",)),
+            (self.eval, "eval", ("every", "limit", "patience", "max_new_tokens")),
         )
         for section, name, keys in least_one:
             for key in keys:
-                if getattr(section, key) < 1:
+                if getattr(section, key) is not None and getattr(section, key) < 1:
                     raise ConfigError(f"{name}.{key}: expected at least 1, found {getattr(section, key)}")
+        if self.eval.prompts < 0:
+            raise ConfigError(f"eval.prompts: expected at least 0, found {self.eval.prompts}")
+        for key in ("videos", "patience"):
+            if getattr(self.eval, key) is not None and self.eval.records is None:
+                raise ConfigError(f"eval.{key}: has no effect without held-out records. Set eval.records as well")
+        if self.eval.patience is not None and self.log.save_every != self.eval.every:
+            raise ConfigError(
+                "eval.patience: a run that stops early ends with the weights of its best evaluation, so each needs "
+                f"a checkpoint. log.save_every is {self.log.save_every}, eval.every {self.eval.every}: make them "
+                "equal"
+            )
         if not 0 <= self.train.warmup_ratio < 1:  # from 1 on, transformers would take it for a number of steps
             raise ConfigError(
                 f"train.warmup_ratio: expected a share of the steps, 0 <= x < 1, found {self.train.warmup_ratio}"
+            )
+        if self.train.packing and self.qwen_vl_finetune.path:
+            raise ConfigError(
+                "train.packing: Qwen-VL-Series-Finetune has a forward pass of its own, which was not shown to keep "
+                "packed samples apart. Set packing to false, or qwen_vl_finetune.path to null"
             )
         if self.train.lora.rank and self.train.train_vision:
             raise ConfigError(

@@ -4,17 +4,18 @@ python -m future_l1_plugin.integrations.sft.run RECIPE [key=value ..]     what s
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from future_l1_plugin.compat import require_attention
-from future_l1_plugin.config import load_recipe, save_recipe
+from future_l1_plugin.config import load_recipe
 from future_l1_plugin.errors import ConfigError, UserError
 from future_l1_plugin.integrations.sft import fit
 from future_l1_plugin.integrations.sft.host import host_of
+from future_l1_plugin.integrations.sft.nodes import same_for_all
 from future_l1_plugin.integrations.sft.recipe import LatentRecipe, SftRecipe
+from future_l1_plugin.integrations.sft.resume import Start
 
 if TYPE_CHECKING:
     from future_l1_plugin.data.record_lengths import RecordLengths
@@ -25,16 +26,16 @@ def run(recipe: SftRecipe) -> Path:
     """Train as the recipe says and return the folder of the final checkpoint (`output/final`).
 
     Raises ConfigError, CheckpointError, DataError or EnvironmentMismatch before any training step if something does not
-    fit.
+    fit; TrainingError at a step whose loss or gradient is not finite.
     """
     import torch
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from future_l1_plugin.data.record_lengths import RecordLengths
     from future_l1_plugin.data.sft import SftCollator, SftDataset
+    from future_l1_plugin.integrations.sft.evaluation import Evaluation
     from future_l1_plugin.integrations.sft.failures import FailedRecords
-    from future_l1_plugin.integrations.sft.trainer import JsonlLog, save_final
+    from future_l1_plugin.integrations.sft.trainer import JsonlLog, ScheduleOfTheLongerRun, save_final
     from future_l1_plugin.model import load
     from future_l1_plugin.model.checkpoint import divided, gathered
     from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents
@@ -50,18 +51,22 @@ def run(recipe: SftRecipe) -> Path:
     arguments = host.arguments(recipe, checkpoints)
     if arguments.process_index == 0:
         print(host.line, flush=True)
-    newest = get_last_checkpoint(str(checkpoints)) if log.resume and checkpoints.exists() else None
-    if log.resume and (newest or final.exists()):
-        _check_same_run(recipe, output / "recipe.yaml")
-    if final.exists() and log.resume:
+    start = Start.of(recipe, arguments)
+    same_for_all(recipe.output, f"{start.newest or 'no checkpoint'}{', finished' * start.finished}")
+    if start.finished:
         print(f"{final} is there already: nothing to do (log.resume=false trains anew)")
         return final
     set_seed(train.seed)
-    fit.check(recipe, host, arguments.world_size, arguments.bf16, arguments)
+    fit.check(recipe, host, arguments.world_size, arguments.bf16, arguments, going_on=start.newest is not None)
     latent, processor = latent_and_processor(recipe.model, **latent_keys(recipe.latent))
     shown = (processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length)
     lengths = RecordLengths(*shown)
     data = _records(recipe, lengths)
+    inputs = start.take_inputs(data)
+    evaluation = Evaluation(recipe, data, processor, latent.tokens, lengths)
+    going_on = recipe.latent.train_going_on and recipe.data.spans and not latent.fixed_latent_budget
+    if recipe.latent.train_going_on and latent.fixed_latent_budget and arguments.process_index == 0:
+        print("latent.train_going_on: nothing to train, the checkpoint fixes the length of spans (fixed_latent_budget)")
     model, processor = load(
         recipe.model,
         device=None if divided() else "cpu",  # the trainer places it
@@ -72,12 +77,14 @@ def run(recipe: SftRecipe) -> Path:
     own = OwnLatents(recipe.latent.own_share, recipe.latent.own_passes, recipe.latent.own_mean_cosine)
     model = host.prepare(model, recipe, arguments)
     if arguments.process_index == 0:
-        if not log.resume:  # what an earlier run left would be taken for this one's by the next resume
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-        save_recipe(recipe, output / "recipe.yaml")
+        start.open_folder(inputs)
+        for line in start.lines:
+            print(line, flush=True)
     failed = FailedRecords(recipe.data.max_failed)
-    callbacks = [failed, JsonlLog(output / "metrics.jsonl")]
+    bad = {"fault": lengths.fault, "on_bad": recipe.data.on_bad, "max_failed": recipe.data.max_failed}
+    callbacks = [*evaluation.callbacks, failed, JsonlLog(output / "metrics.jsonl")]
+    if start.newest:
+        callbacks.append(ScheduleOfTheLongerRun())
     if log.tensorboard and arguments.process_index == 0:
         callbacks.append(_tensorboard(output / "tensorboard"))
     trainer = host.trainer()(
@@ -85,25 +92,26 @@ def run(recipe: SftRecipe) -> Path:
         args=arguments,
         latent=latent,
         own=own if recipe.data.spans else TEACHER_FORCING,  # without spans the extra passes would be for nothing
+        going_on=going_on,
+        probe=evaluation.probe,
         failed=failed,
-        train_dataset=SftDataset(
-            data,
-            recipe.data.spans,
-            recipe.data.cache_mb * 2**20,
-            lengths.fault,
-            recipe.data.on_bad,
-            recipe.data.max_failed,
-        ),
+        packing=train.packing,
+        eval_dataset=evaluation.records and SftDataset(evaluation.records, recipe.data.spans, **bad),
+        train_dataset=SftDataset(data, recipe.data.spans, recipe.data.cache_mb * 2**20, **bad),
         data_collator=SftCollator(*shown),
         callbacks=callbacks,
     )
-    if newest:
-        print(f"resuming from {newest}")
-    trainer.train(resume_from_checkpoint=newest)
+    evaluation.attach(trainer)
+    if start.newest:
+        print(f"resuming from {start.newest}")
+    trainer.train(resume_from_checkpoint=str(start.newest) if start.newest else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with gathered(model):
         if trainer.is_world_process_zero():
             save_final(model, processor, final)
+    if arguments.process_index == 0:
+        for line in evaluation.verdict(trainer.state):
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     return final
 
 
@@ -157,32 +165,6 @@ def _tensorboard(folder: Path):
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder)))
-
-
-def _check_same_run(recipe: SftRecipe, saved: Path) -> None:
-    """A run may only be resumed, or taken for finished, under the settings it was started with.
-
-    Raises ConfigError that names the settings that differ. What changes no result may: log.*, workers, cache.
-    """
-    if not saved.exists():
-        return
-    before = load_recipe(saved, SftRecipe)
-    free = ("workers", "cache_mb", "check_memory")
-    pairs = [("model", before.model, recipe.model)]
-    for name in ("data", "latent", "train", "hf_trainer", "qwen_vl_finetune"):
-        old, new = vars(getattr(before, name)), vars(getattr(recipe, name))
-        pairs += [(f"{name}.{key}", old[key], new[key]) for key in new if key not in free]
-    paths = ("model", "data.records", "data.videos", "qwen_vl_finetune.path")
-    changed = [
-        f"{key}: {old} -> {new}"
-        for key, old, new in pairs
-        if old != new and not (key in paths and old and new and Path(old).resolve() == Path(new).resolve())
-    ]
-    if changed:
-        raise ConfigError(
-            f"{saved.parent} holds a run with other settings ({'; '.join(changed)}). "
-            "Name another output, or train anew with log.resume=false."
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
