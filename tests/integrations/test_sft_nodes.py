@@ -11,7 +11,7 @@ import yaml
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.sft import launch
-from future_l1_plugin.integrations.sft.nodes import Nodes
+from future_l1_plugin.integrations.sft.nodes import Nodes, same_for_all
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sft.sh"
 
@@ -95,6 +95,17 @@ def test_a_batch_is_divided_by_all_processes(recipe, capsys, monkeypatch):
 def test_bad_combinations_are_refused_with_the_reason(given, expected):
     with pytest.raises(ConfigError, match=expected):
         Nodes.of(*given)
+
+
+def test_processes_that_see_another_folder_are_refused(monkeypatch):
+    """`output` on a disk of one machine: one process would go on and the other begin, and they would wait for ever."""
+    same_for_all("out", "no checkpoint")  # a process by itself
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: ["out/checkpoint-4", *mine])
+    with pytest.raises(
+        ConfigError, match=r"in out \(process 0: out/checkpoint-4; process 1: no checkpoint\)\. Put it on"
+    ):
+        same_for_all("out", "no checkpoint")
+    same_for_all("out", "out/checkpoint-4")
 
 
 def test_nothing_is_started_by_them(recipe, capsys, monkeypatch):

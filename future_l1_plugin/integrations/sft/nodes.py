@@ -60,3 +60,19 @@ class Nodes:
             where = ["--nnodes", str(self.count), "--node-rank", str(self.rank)]
             where += ["--master-addr", self.address, "--master-port", str(self.port)]
         return ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(gpus)]
+
+
+def same_for_all(output: str, seen: str) -> None:
+    """Every process of a run calls this with what it found in `output`: they must go on from one and the same state.
+
+    Raises ConfigError, in each of them: they see different things.
+    """
+    from accelerate.utils import gather_object
+
+    found = gather_object([seen])
+    if len(set(found)) > 1:
+        each = "; ".join(f"process {i}: {what}" for i, what in enumerate(found))
+        raise ConfigError(
+            f"output: the processes see different things in {output} ({each}). Put it on a file system that all "
+            "machines share, and start again"
+        )
