@@ -66,9 +66,17 @@ def test_one_that_verl_saved_by_itself_is_taken_at_its_word(tmp_path):
     saved(tmp_path, 2)
     saved(tmp_path, 4)
     assert checkpoints(tmp_path).settle() == 4
-    path = whole(tmp_path, 6)
-    (path / "data.pt").unlink()  # sealed: its own list counts, not the tracker
-    assert checkpoints(tmp_path).settle() is None
+
+
+def test_one_whose_files_somebody_took_away_is_passed_over_but_never_trained_anew(tmp_path):
+    whole(tmp_path, 4)
+    (whole(tmp_path, 6) / "data.pt").unlink()
+    lines = []
+    assert checkpoints(tmp_path, lines).settle() == 4
+    assert lines == [f"passed over {tmp_path}/global_step_6: data.pt is missing"]
+    (tmp_path / "global_step_4" / "data.pt").write_text("")
+    with pytest.raises(CheckpointError, match=r"global_step_6: data\.pt is missing, and no other checkpoint is whole"):
+        checkpoints(tmp_path).settle()
 
 
 def test_nothing_whole_is_said_and_starts_anew(tmp_path):
@@ -223,9 +231,7 @@ def test_a_named_checkpoint_must_be_whole(tmp_path):
     path = whole(tmp_path / "old", 4)
     actor_files(path / "actor")[0].write_text("")
     one = trainer(tmp_path / "new", resume_mode="resume_path", resume_from_path=str(path))
-    with pytest.raises(
-        CheckpointError, match=r"global_step_4: actor/model_world_size_2_rank_0\.pt has 0 bytes, exp"
-    ):
+    with pytest.raises(CheckpointError, match=r"global_step_4: actor/model_world_size_2_rank_0\.pt has 0 bytes, exp"):
         one._load_checkpoint()
 
 
@@ -247,7 +253,5 @@ def test_fewer_prompts_than_a_batch_are_said_before_anything_starts(monkeypatch,
     one.config = OmegaConf.create({"data": {"train_batch_size": 6}})
     if not refused:
         return one._init_dataloader()
-    with pytest.raises(
-        ConfigError, match=r"takes 6 different prompts, data\.train_files hold 5.*ppo_mini_.* to 5$"
-    ):
+    with pytest.raises(ConfigError, match=r"takes 6 different prompts, data\.train_files hold 5.*ppo_mini_.* to 5$"):
         one._init_dataloader()

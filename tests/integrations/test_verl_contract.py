@@ -29,7 +29,11 @@ SEAMS = [
     (PPOTrainer._build_replay_buffer, "self"),
     (PPOTrainer._init_resource_pool_mgr, "self"),
     (PPOTrainer._init_tokenizer, "self"),
+    (PPOTrainer._init_dataloader, "self"),
     (PPOTrainer._load_checkpoint, "self"),
+    (PPOTrainer._save_checkpoint, "self"),
+    (PPOTrainer.fit, "self, agent_loop_manager"),
+    (agent_loop_tq.AgentLoopManagerTQ.generate_sequences, "self, prompts"),
     (
         PPOTrainer._val_metrics_update,
         "self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts",

@@ -20,6 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from future_l1_plugin.errors import CheckpointError
 from future_l1_plugin.journal import atomic_write
 from future_l1_plugin.resume import MARKER, delete, fault, seal
 
@@ -58,6 +59,8 @@ class Checkpoints:
         """The newest whole checkpoint's step, which verl's tracker file then names; None if there is none.
 
         What is passed over is said. One without a seal is whole if verl's tracker names it: verl writes that last.
+
+        Raises CheckpointError: there is none, and one was whole once. Nobody killed that; somebody took files away.
         """
         self._passed_over, chosen, tracked = [], None, self._tracked()
         for step in reversed(self.steps()):
@@ -67,6 +70,12 @@ class Checkpoints:
                 break
             self._passed_over.append(step)
             self.say(f"passed over {self.path(step)}: {reason}")
+        for step in self._passed_over if chosen is None else ():
+            if (self.path(step) / MARKER).exists():
+                raise CheckpointError(
+                    f"{self.path(step)}: {fault(self.path(step))}, and no other checkpoint is whole. Put it back, or "
+                    "train anew with trainer.resume_mode=disable"
+                )
         if chosen is None and self._passed_over:
             self.say(f"no checkpoint in {self.folder} is whole: training starts from its beginning")
         self._track(chosen)
