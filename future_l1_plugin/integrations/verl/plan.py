@@ -344,8 +344,8 @@ def _disk(config: DictConfig, m: memory.ModelCounts, s: memory.Setup, plan: Plan
     whole, kept = sum(sizes.values()) / GIB, config.trainer.get("max_actor_ckpt_to_keep", None)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size)
     at_once = "every one is kept (trainer.max_actor_ckpt_to_keep)"
-    if kept:  # verl makes room before it writes, but never deletes the only one
-        at_once = f"{max(kept, 2)} at a time at most: {max(kept, 2) * whole:.1f} GiB"
+    if kept:  # an old one goes when the new one is whole
+        at_once = f"{kept + 1} at a time at most, while one is written: {(kept + 1) * whole:.1f} GiB"
     folder = Path(config.trainer.default_local_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / GIB
     if plan.has_gpu and free < whole and config.trainer.save_freq > 0:
