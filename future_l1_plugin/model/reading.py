@@ -6,6 +6,7 @@ from typing import Any
 from future_l1_plugin.errors import CheckpointError
 from future_l1_plugin.model.checkpoint import _check_folder, _is_absent, _reading, load_processor
 from future_l1_plugin.model.config import LatentConfig
+from future_l1_plugin.model.training import sources
 
 
 def latent_and_processor(path: str | Path, **overrides: Any) -> tuple[LatentConfig, Any]:
@@ -14,8 +15,9 @@ def latent_and_processor(path: str | Path, **overrides: Any) -> tuple[LatentConf
 
     if _is_absent(path):
         raise CheckpointError(f"{path}: no such folder. Expected a latent Qwen3-VL checkpoint or a hub id.")
-    _check_folder(path)
-    with _reading(path):
-        found = LatentConfig.from_hf(AutoConfig.from_pretrained(path))
+    parts = sources(path)
+    _check_folder(parts.config)
+    with _reading(parts.config):
+        found = LatentConfig.from_hf(AutoConfig.from_pretrained(parts.config))
     latent = LatentConfig(**{**vars(found), **overrides})
-    return latent, load_processor(path, latent)
+    return latent, load_processor(parts.processor, latent)

@@ -44,8 +44,10 @@ def held_out(recipe: SftRecipe, lengths: RecordLengths) -> Records | None:
 
 
 def _decodable(records: Sequence[TwiffRecord], recipe: SftRecipe) -> list[TwiffRecord]:
-    """The first `eval.prompts`, found to decode now and not at the end of the run; under `skip` others stand in."""
-    found = SftDataset(list(records), spans=False, on_bad=recipe.data.on_bad, max_failed=recipe.data.max_failed)
+    """The first `eval.prompts` that show something, found to decode now and not at the end of the run; under `skip`
+    others stand in."""
+    shown = [record for record in records if record.image]
+    found = SftDataset(shown, spans=False, on_bad=recipe.data.on_bad, max_failed=recipe.data.max_failed)
     return [found[i].record for i in range(min(recipe.eval.prompts, len(found)))]
 
 
