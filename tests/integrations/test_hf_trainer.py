@@ -46,6 +46,7 @@ def write_recipe(path: Path, model, world, **sections) -> Path:
             "learning_rate": 1e-3,
             "seed": 3,
         },
+        "eval": {"prompts": 0},
         "log": {"every": 1, "save_every": 2, "tensorboard": False},
     }
     for section, values in sections.items():

@@ -255,6 +255,7 @@ def write_recipe(path: Path, model, world, checkout, **sections) -> Path:
             "workers": 0,
         },
         "train": {"max_steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "seed": 3},
+        "eval": {"prompts": 0},
         "log": {"every": 1, "save_every": 2, "tensorboard": False},
         "qwen_vl_finetune": {"path": str(checkout) if checkout else None},
     }

@@ -44,6 +44,7 @@ def recipe(tiny_path, world, tmp_path):
             "data": {"records": str(world.sft), "videos": str(world.videos)},
             "train": {"max_steps": 1, "batch_size": 4, "micro_batch_size": 2},
             "latent": {"own_share": 0.0},
+            "eval": {"prompts": 0},
             "log": {"save_every": 0, "tensorboard": False},
         }
         file = tmp_path / "recipe.yaml"

@@ -121,6 +121,7 @@ def test_it_is_trained_and_resumed(released, world, tmp_path):
         "output": str(tmp_path / "run"),
         "data": {"records": str(world.sft), "videos": str(world.videos), "question_media": "video", "workers": 0},
         "train": {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0},
+        "eval": {"prompts": 0},
         "log": {"every": 1, "save_every": 1, "tensorboard": False},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))

@@ -46,7 +46,7 @@ def held_out(recipe: SftRecipe, lengths: RecordLengths) -> Records | None:
 def _decodable(records: Sequence[TwiffRecord], recipe: SftRecipe) -> list[TwiffRecord]:
     """The first `eval.prompts` that show something, found to decode now and not at the end of the run; under `skip`
     others stand in."""
-    shown = [record for record in records if record.image]
+    shown = [record for record in records if record.image] or list(records)
     found = SftDataset(shown, spans=False, on_bad=recipe.data.on_bad, max_failed=recipe.data.max_failed)
     return [found[i].record for i in range(min(recipe.eval.prompts, len(found)))]
 
@@ -79,8 +79,8 @@ class SpanProbe:
     """Answers a few prompts and counts spans.
 
     Args:
-        records: whose questions are asked. Under ZeRO-3 only those that show pictures, if any does: each rank must run
-            the vision tower equally often.
+        records: whose questions are asked. All show pictures or none does: under ZeRO-3 each rank must run the vision
+            tower equally often.
         processor: of the latent checkpoint.
         tokens: the latent tokens.
         question_media: as in `SftCollator`.
@@ -95,8 +95,6 @@ class SpanProbe:
         question_media: str,
         max_new_tokens: int,
     ) -> None:
-        if divided() and any(record.image for record in records):
-            records = [record for record in records if record.image]
         self.records, self.processor, self.tokens = records, processor, tokens
         self.question_media, self.max_new_tokens = question_media, max_new_tokens
 
@@ -192,23 +190,6 @@ class StopEarly(TrainerCallback):
                 state.best_model_checkpoint = str(folder)
 
 
-class SpansAtTheEnd(TrainerCallback):
-    """Answers prompts of the training records when a run without held-out ones ends, and logs `train_*`.
-
-    Args:
-        probe: of training records.
-        trainer: is set when there is one.
-    """
-
-    def __init__(self, probe: SpanProbe) -> None:
-        self.probe = probe
-        self.trainer: Trainer | None = None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = self.probe.count(self.trainer).metrics()
-        self.trainer.log({f"train_{name}": value for name, value in found.items()})
-
-
 class Evaluation:
     """All that a run evaluates.
 
@@ -221,7 +202,7 @@ class Evaluation:
 
     Attributes:
         records: held-out records, None without.
-        probe: what the trainer decodes at each evaluation, None for nothing.
+        probe: what the trainer decodes at each evaluation, or without any at the end; None for nothing.
         callbacks: for the trainer, in front of those that log.
 
     Raises:
@@ -246,14 +227,6 @@ class Evaluation:
         self.spans = recipe.data.spans and any(record.reasoning_image for record in data)
         if asked:
             self.probe = SpanProbe(asked, processor, tokens, recipe.data.question_media, recipe.eval.max_new_tokens)
-            if self.records is None:
-                self.callbacks.append(SpansAtTheEnd(self.probe))
-
-    def attach(self, trainer: "Trainer") -> None:
-        """The trainer whose model the callbacks ask."""
-        for callback in self.callbacks:
-            if isinstance(callback, SpansAtTheEnd):
-                callback.trainer = trainer
 
     def verdict(self, state: Any) -> list[str]:
         """What is said of a run behind its end, by the weights that `final` is made of."""

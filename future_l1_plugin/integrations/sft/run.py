@@ -101,7 +101,6 @@ def run(recipe: SftRecipe) -> Path:
         data_collator=SftCollator(*shown),
         callbacks=callbacks,
     )
-    evaluation.attach(trainer)
     if start.newest:
         print(f"resuming from {start.newest}")
     trainer.train(resume_from_checkpoint=str(start.newest) if start.newest else None)

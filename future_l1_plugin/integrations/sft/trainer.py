@@ -30,7 +30,7 @@ class LatentLosses:
         latent: the latent keys of the checkpoint.
         own: what the latent inputs are; by default e*.
         going_on: train the choice to go on in a span; see `sft_losses`.
-        probe: whose spans are counted at each evaluation.
+        probe: whose spans are counted at each evaluation; without evaluations at the end, in the summary of the run.
         failed: where records that failed are counted; it is one of the callbacks, too.
         packing: passes without padding; see `sft_losses`.
     """
@@ -148,6 +148,8 @@ class LatentLosses:
                 mean = self.accelerator.reduce(total / self._passes, reduction="mean")  # over all devices
                 logs[name] = round(float(mean), 5)
             self._sums, self._passes = {}, 0
+        if "train_runtime" in logs and self.probe is not None and self.eval_dataset is None:
+            logs.update({f"train_{name}": value for name, value in self.probe.count(self).metrics().items()})
         if self.failed and self.failed.reasons and "loss" in logs:
             logs["failed_records"] = len(self.failed.reasons)
         super().log(logs, *args, **kwargs)
