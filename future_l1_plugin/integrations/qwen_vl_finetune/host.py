@@ -233,10 +233,16 @@ def latent_trainer(base: "type[Trainer]") -> "type[Trainer]":
     class LatentQwenSftTrainer(LatentLosses, base):
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            model = model or self.model
+            self._load_beside_lora(resume_from_checkpoint, model or self.model)
+
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            self._load_beside_lora(self.state.best_model_checkpoint, self.model)
+
+        def _load_beside_lora(self, checkpoint: str, model: Any) -> None:
             trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
             if self.args.lora_enable and trained:
-                state = torch.load(Path(resume_from_checkpoint) / "non_lora_state_dict.bin", weights_only=True)
+                state = torch.load(Path(checkpoint) / "non_lora_state_dict.bin", weights_only=True)
                 model.load_state_dict({name: state[name] for name in trained}, strict=False)
 
     return LatentQwenSftTrainer
