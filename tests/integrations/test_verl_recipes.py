@@ -182,7 +182,6 @@ def test_a_run_is_only_resumed_under_its_own_settings(tmp_path):
     check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1"))  # no checkpoint yet: a new start
     check_same_run(mine)
     (tmp_path / "la_dapo" / "latest_checkpointed_iteration.txt").write_text("10")
-    check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "trainer.total_training_steps=80", "trainer.test_freq=5"))
     # What errors advise to raise, and what costs memory only.
     raised = ["groups.max_failed=32", "groups.max_rounds=20", "data.val_batch_size=16"]
     check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", *raised, "data.future_l1.frame_cache_mb=1"))
@@ -190,6 +189,73 @@ def test_a_run_is_only_resumed_under_its_own_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"latent\.weight: 0\.5 -> 1"):
         check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1"))
     check_same_run(recipe("la_dapo_micro", f"out={tmp_path}", "latent.weight=1", "trainer.resume_mode=disable"))
+
+
+def test_what_a_run_under_way_may_change(tmp_path, capsys):
+    """What users lower when memory ran out, raise when something was too long, and move: each against the start."""
+    keys = ["data.train_files=[a.json]", "data.val_files=[b.json]", "actor_rollout_ref.model.path=M"]
+    mine = recipe("la_dapo", *keys, f"out={tmp_path}")
+    folder = tmp_path / "la_dapo"
+    check_same_run(mine)
+    started = (folder / "settings.yaml").read_text()
+    (folder / "latest_checkpointed_iteration.txt").write_text("60")
+
+    def go_on(**changed) -> str:
+        config = mine.copy()
+        for key, value in changed.items():
+            OmegaConf.update(config, key, value, force_add=True)
+        (folder / "settings.yaml").write_text(started)
+        check_same_run(config)
+        return capsys.readouterr().out
+
+    worker = "actor_rollout_ref"
+    rounding = {
+        f"{worker}.rollout.gpu_memory_utilization": 0.5,
+        f"{worker}.actor.ppo_max_token_len_per_gpu": 14336,
+        f"{worker}.actor.fsdp_config.param_offload": True,
+        f"{worker}.actor.fsdp_config.offload_policy": True,
+        f"{worker}.rollout.max_num_seqs": 64,
+        f"{worker}.rollout.tensor_model_parallel_size": 2,
+        f"{worker}.rollout.log_prob_max_token_len_per_gpu": 8192,
+        f"{worker}.rollout.enforce_eager": True,
+        f"{worker}.model.use_remove_padding": False,
+    }
+    for key, value in rounding.items():
+        said = [line for line in go_on(**{key: value}).splitlines() if key in line]
+        assert len(said) == 1 and "results agree to rounding" in said[0], key
+    free = {
+        f"{worker}.model.enable_gradient_checkpointing": False,
+        f"{worker}.rollout.free_cache_engine": False,
+        f"{worker}.actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
+        f"{worker}.model.path": "/elsewhere/M",
+        "data.train_files": ["/mnt/new/a.json"],
+        "data.val_files": ["c.json"],
+        "data.future_l1.frame_cache_mb": 256,
+        "data.future_l1.video_root": "/mnt/new",
+        "reward.num_workers": 4,
+        "trainer.max_actor_ckpt_to_keep": 1,
+        "trainer.test_freq": 5,
+    }
+    assert go_on(**free) == ""
+    more = {"trainer.total_epochs": 2, "data.max_prompt_length": 16384, f"{worker}.rollout.max_model_len": 18432}
+    said = go_on(**more)
+    assert all(f"going on with more: {key}: " in said for key in more)
+    refused = {
+        "data.max_response_length": 1024,
+        f"{worker}.actor.optim.lr": 5e-7,
+        "data.max_prompt_length": 8192,
+        "data.train_max_samples": 100,
+        "trainer.n_gpus_per_node": 4,
+        f"{worker}.actor.checkpoint.save_contents": ["model"],
+        "algorithm.filter_groups.enable": False,
+    }
+    for key, value in refused.items():
+        with pytest.raises(ConfigError) as error:
+            go_on(**{key: value})
+        assert ("ranks: 8 -> 4" if key == "trainer.n_gpus_per_node" else f"{key}: ") in str(error.value)
+        assert "trainer.resume_mode=resume_path" in str(error.value)
+    shared = {"trainer.n_gpus_per_node": 4, "trainer.nnodes": 2}  # as many ranks
+    assert go_on(**shared) == ""
 
 
 def test_a_resumed_run_keeps_its_metrics(tmp_path, monkeypatch):
