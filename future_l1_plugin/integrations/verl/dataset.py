@@ -38,8 +38,8 @@ AGENT_NAME = "future_l1_latent"
 SECTION = "data.future_l1"
 _SHOWN = 10  # rows left out that are logged one by one
 _SHORTER = (
-    "Raise it (and rollout.max_model_len), lower data.future_l1.num_frames, show smaller pictures, or leave such "
-    "prompts out (data.future_l1.on_bad=skip)."
+    "Raise it (and rollout.max_model_len), or leave such prompts out (data.future_l1.on_bad=skip); a new run may also "
+    "lower data.future_l1.num_frames or show smaller pictures."
 )
 
 #: Settings of verl's own dataset that would change what is asked. Prompts here are never filtered, cut or templated
