@@ -221,7 +221,10 @@ def test_a_moved_folder_is_free(world, tmp_path):
     ("change", "said"),
     [
         (lambda home: (home / "sft.json").write_text("[1, 3]"), "record files (sft.json was changed)"),
-        (lambda home: (home / "a.mp4").write_bytes(b"longer"), "videos and images (a.mp4 was changed)"),
+        (
+            lambda home: [(home / name).write_bytes(b"longer") for name in ("a.mp4", "b.mp4")],
+            "videos and images (a.mp4 was changed, b.mp4 was changed)",
+        ),
         (
             lambda home: (home / "start" / "model.safetensors").write_bytes(bytes(999) + b"1"),
             "files of the start checkpoint (model.safetensors was changed)",
@@ -241,6 +244,14 @@ def test_what_no_tool_reads_of_a_checkpoint_may_change(world):
     before = taken(world)
     (world / "start" / "README.md").write_text("another card")
     taken(world).check(before, "outputs/a", "")
+
+
+def test_a_mended_clip_is_said(world):
+    """A run that stopped at a clip is told to mend it. Of two clips one may be; see the test before for both."""
+    before = taken(world)
+    (world / "a.mp4").write_bytes(b"longer")
+    lines = taken(world).check(before, "outputs/a", "")
+    assert lines == ["going on with another a.mp4 than at the run's start, as if it was mended"]
 
 
 def test_other_records_or_another_order_are_named(world):

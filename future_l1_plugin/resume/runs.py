@@ -39,7 +39,7 @@ def hold(
     if inputs is not None:
         before = Inputs.read(folder) if going_on else None
         if before is not None:
-            inputs.check(before, folder, mend)
+            lines += inputs.check(before, folder, mend)
         elif going_on:
             lines.append(f"{folder}: the run's start left no inputs.json, so that its data cannot be compared")
     folder.mkdir(parents=True, exist_ok=True)

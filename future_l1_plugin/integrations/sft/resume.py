@@ -85,7 +85,7 @@ class Start:
         )
         if self.newest is not None:
             if self._before is not None:
-                inputs.check(self._before, recipe.output, _MEND)
+                self.lines += inputs.check(self._before, recipe.output, _MEND)
             else:
                 self.lines.append(f"{recipe.output}: its start left no inputs.json, its data cannot be compared")
         return inputs
