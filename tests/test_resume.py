@@ -251,7 +251,9 @@ def test_a_mended_clip_is_said(world):
     before = taken(world)
     (world / "a.mp4").write_bytes(b"longer")
     lines = taken(world).check(before, "outputs/a", "")
-    assert lines == ["going on with another a.mp4 than at the run's start, as if it was mended"]
+    assert lines == ["going on although a.mp4 is not the file of the run's start (mended, or gone)"]
+    (world / "a.mp4").unlink()
+    assert taken(world).check(before, "outputs/a", "") == lines
 
 
 def test_other_records_or_another_order_are_named(world):
@@ -276,9 +278,9 @@ def test_large_weights_are_read_at_64_places(world, monkeypatch):
         assert taken(world).checkpoint["model.safetensors"] != before
 
 
-def test_a_missing_clip_is_named(world):
-    (world / "b.mp4").unlink()
-    with pytest.raises(DataError, match=r"b\.mp4: cannot be read"):
+def test_a_missing_record_file_is_named(world):
+    (world / "sft.json").unlink()
+    with pytest.raises(DataError, match=r"sft\.json: cannot be read"):
         taken(world)
 
 

@@ -37,14 +37,14 @@ class Inputs:
 
     Attributes:
         records: file name -> digest of its bytes.
-        used: "count" and "ids": records or prompts that are trained on, and a digest of their ids in order.
+        used: "ids" of the records or prompts that are trained on, in order.
         checkpoint: file name -> digest; of a large file its size and a sample of its bytes. {"hub": id} for a hub id.
-        media: file name -> sizes in bytes, of all files of that name.
+        media: file name -> sizes in bytes, of all files of that name; 0 for one that is not there.
         settings: what the run resolved for itself, as keys of `table`.
     """
 
     records: dict[str, str] = field(default_factory=dict)
-    used: dict[str, Any] = field(default_factory=dict)
+    used: dict[str, list[str]] = field(default_factory=dict)
     checkpoint: dict[str, str] = field(default_factory=dict)
     media: dict[str, list[int]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Inputs:
         Raises DataError: a file cannot be read.
         """
         try:
-            return cls(_files(records), _ids(ids), _checkpoint(checkpoint), _sizes(media), settings or {})
+            return cls(_files(records), {"ids": list(ids)}, _checkpoint(checkpoint), _sizes(media), settings or {})
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}). Put it back.") from error
 
@@ -92,7 +92,7 @@ class Inputs:
                 f"{folder}: what the run was started with has changed since: {'; '.join(found)}. Going on, it would "
                 f"see some records twice and others never, or mix two models. Put back what was there. {mend}"
             )
-        return [f"going on with another {name} than at the run's start, as if it was mended" for name in mended]
+        return [f"going on although {name} is not the file of the run's start (mended, or gone)" for name in mended]
 
     def _mended(self, before: "Inputs") -> list[str]:
         """Media whose size alone differs, if they are few; else nothing."""
@@ -107,8 +107,9 @@ class Inputs:
         if old == new:
             return ""
         if key == "used":
-            same = " (as many, but others)" if old["count"] == new["count"] else ""
-            return f"{old['count']:,} -> {new['count']:,}{same}: a limit, on_bad or a file that reads otherwise now"
+            then, now = len(old["ids"]), len(new["ids"])
+            same = " (as many, but others)" if then == now else ""
+            return f"{then:,} -> {now:,}{same}: a limit, on_bad or a file that reads otherwise now"
         lines = [f"{name} was changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
         lines += [f"{name} is gone" for name in sorted(old.keys() - new.keys())]
         lines += [f"{name} is new" for name in sorted(new.keys() - old.keys())]
@@ -126,14 +127,6 @@ def _files(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
     return found
 
 
-def _ids(ids: Iterable[str]) -> dict[str, Any]:
-    digest, count = hashlib.sha256(), 0
-    for id in ids:
-        digest.update(f"{id}\n".encode("utf-8", "surrogatepass"))
-        count += 1
-    return {"count": count, "ids": digest.hexdigest()}
-
-
 def _checkpoint(path: str | os.PathLike) -> dict[str, str]:
     folder = Path(path)
     if not folder.is_dir():
@@ -147,9 +140,16 @@ def _sizes(paths: Iterable[str | os.PathLike]) -> dict[str, list[int]]:
     files = sorted({os.fspath(path) for path in paths})
     found: dict[str, list[int]] = {}
     with ThreadPoolExecutor(16) as pool:  # a network's answers overlap
-        for file, size in zip(files, pool.map(os.path.getsize, files), strict=True):
+        for file, size in zip(files, pool.map(_size, files), strict=True):
             found.setdefault(os.path.basename(file), []).append(size)
     return {name: sorted(sizes) for name, sizes in found.items()}
+
+
+def _size(file: str) -> int:
+    try:
+        return os.path.getsize(file)
+    except FileNotFoundError:
+        return 0
 
 
 def _whole(file: Path) -> str:

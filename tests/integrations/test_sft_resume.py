@@ -13,14 +13,16 @@ import yaml
 from safetensors.torch import load_file
 
 from future_l1_plugin.data import make_world
+from future_l1_plugin.data.records import Records, TwiffRecord
 from future_l1_plugin.errors import TrainingError
 from future_l1_plugin.integrations.hf_trainer.trainer import LatentSftTrainer
 from future_l1_plugin.integrations.sft import fit, trainer
 from future_l1_plugin.integrations.sft.finite import FiniteWatch
 from future_l1_plugin.integrations.sft.memory import Sizes
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
+from future_l1_plugin.integrations.sft.resume import Start
 from future_l1_plugin.integrations.sft.run import main
-from future_l1_plugin.resume import Kind, fault, rule_of
+from future_l1_plugin.resume import Found, Inputs, Kind, fault, rule_of
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,7 @@ TWO = """
 import sys, torch
 from types import SimpleNamespace
 from accelerate import Accelerator
+from future_l1_plugin.data.records import Records, TwiffRecord
 from future_l1_plugin.errors import TrainingError
 from future_l1_plugin.integrations.sft.finite import FiniteWatch
 accelerator = Accelerator(cpu=True)
@@ -222,6 +225,17 @@ def test_a_finished_run_gets_more_steps_and_what_errors_advise(start, whole, tmp
     assert rows[4]["learning_rate"] == pytest.approx(1e-3 * 0.1464466)
     assert start(tmp_path / "run", *advised)[0] == 2  # back to four
     assert "train.max_steps: 5 -> 4 (it may be raised, not lowered)" in capsys.readouterr().err
+
+
+def test_a_limit_that_is_raised_moves_no_record(tmp_path):
+    """`c` was too long when the run began, and `a` cannot be read any more: the run keeps the places of all."""
+    records = [TwiffRecord(name, "clip.mp4", "?", [], (), "A") for name in "abc"]
+    recipe = SftRecipe(model="m", output=str(tmp_path))
+    before = Inputs(used={"ids": ["a", "b"]})
+    start = Start(recipe, tmp_path, False, [], Found(), before, {})
+    assert [record.id for record in start.as_before(Records(records))] == ["a", "b"]
+    assert start.as_before(Records(records[1:])) is None  # the record files differ
+    assert Start(recipe, None, False, [], Found(), None, {}).as_before(Records(records)) is None
 
 
 def test_a_run_under_way_is_told_what_it_may_change_only():

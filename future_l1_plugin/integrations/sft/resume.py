@@ -15,7 +15,7 @@ from future_l1_plugin.resume import Found, Inputs, check, delete, flat, newest_w
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from future_l1_plugin.data.records import TwiffRecord
+    from future_l1_plugin.data.records import Records, TwiffRecord
 
 _MEND = "Or name another output, or train anew with log.resume=false."
 _LENGTH = ("epochs", "max_steps")
@@ -63,6 +63,19 @@ class Start:
                 f"Start another from it: model={final} and another output."
             )
         return cls(recipe, found.newest, final.exists() and not longer, lines, found, before, settings)
+
+    def as_before(self, data: "Records") -> "Records | None":
+        """Of all records in the files those that the run to go on with began with, in their order; None: it begins.
+
+        So a limit that was raised, or a clip that broke since, moves no other record.
+        """
+        from future_l1_plugin.data.records import Records
+
+        known = {record.id: record for record in data}
+        ids = self._before.used["ids"] if self.newest is not None and self._before is not None else None
+        if ids is None or not known.keys() >= set(ids):  # else the files differ: `take_inputs` says so
+            return None
+        return Records([known[id] for id in ids], data.bad)
 
     def take_inputs(self, data: Iterable["TwiffRecord"]) -> Inputs:
         """Digests of what the run depends on.

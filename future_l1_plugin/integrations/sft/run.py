@@ -61,7 +61,7 @@ def run(recipe: SftRecipe) -> Path:
     latent, processor = latent_and_processor(recipe.model, **latent_keys(recipe.latent))
     shown = (processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length)
     lengths = RecordLengths(*shown)
-    data = _records(recipe, lengths)
+    data = _records(recipe, lengths, start)
     inputs = start.take_inputs(data)
     evaluation = Evaluation(recipe, data, processor, latent.tokens, lengths)
     going_on = recipe.latent.train_going_on and recipe.data.spans and not latent.fixed_latent_budget
@@ -125,7 +125,7 @@ def latent_keys(latent: LatentRecipe) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value is not None}
 
 
-def _records(recipe: SftRecipe, lengths: "RecordLengths") -> "Records":
+def _records(recipe: SftRecipe, lengths: "RecordLengths", start: Start) -> "Records":
     """The records that can be trained on; what was left out is told.
 
     Raises DataError: bad records under `on_bad: raise`, or no good one.
@@ -135,8 +135,11 @@ def _records(recipe: SftRecipe, lengths: "RecordLengths") -> "Records":
     from future_l1_plugin.data.sft import check_records
 
     data = load_records(recipe.data.records, video_root=recipe.data.videos or None, on_bad=recipe.data.on_bad)
-    data = check_records(data, recipe.data.on_bad, recipe.data.question_media)
-    data = check_record_lengths(data, lengths, recipe.data.on_bad)
+    before = start.as_before(data)
+    data = data if before is None else before
+    if before is None or recipe.data.on_bad == "raise":  # else another stands in for a record that fails
+        data = check_records(data, recipe.data.on_bad, recipe.data.question_media)
+        data = check_record_lengths(data, lengths, recipe.data.on_bad)
     for bad in data.bad[:10]:
         print(f"left out: {bad.source} {bad.id}: {bad.reason}", file=sys.stderr)
     if data.bad:
