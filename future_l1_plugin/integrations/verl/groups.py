@@ -151,7 +151,7 @@ class GroupBuffer(ReplayBuffer):
             shown = "".join(f"\n  {tag[PROMPT_ID]}: {tag[ERROR]}" for tag in list(failed.values())[:5])
             raise RolloutError(
                 f"{before + len(failed)} prompts of the step failed, groups.max_failed is {self.groups.max_failed}. "
-                f"Fix them, leave them out of the data, or raise it:{shown}"
+                f"Fix them, or raise it; a new run may also leave them out of the data:{shown}"
             )
         self._clear_groups(partition_id, set(failed))
         return len(failed)
