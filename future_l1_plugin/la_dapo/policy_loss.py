@@ -1,6 +1,6 @@
 """The LA-DAPO policy loss of Future-L1 (arXiv 2606.05769): clipped policy gradients on tokens and on latents.
 
-    L = L_text + latent_weight L_latent + kl_weight KL_text + latent_kl_weight KL_latent
+    L = L_text + latent_weight L_latent + kl_weight KL_text + latent_kl_weight KL_latent - entropy_weight H_text
 
 Departures from DAPO (arXiv 2503.14476), whose asymmetric clip range and token-mean loss are kept:
 1. A response holds two kinds of actions. At a latent position the ratio is that of two densities of the same recorded
@@ -53,6 +53,8 @@ class LaDapoLoss:
         latent_weight: weight of the latents' policy loss; at least 0.
         kl_weight: weight of the tokens' KL to the reference; at least 0.
         latent_kl_weight: weight of the latents' KL to the reference; at least 0.
+        entropy_weight: weight of the tokens' mean entropy, a bonus; at least 0. Latents get none: how far they are drawn
+            from mu is a setting of the policy and not learnt.
 
     Raises:
         ConfigError: a value outside its range.
@@ -67,6 +69,7 @@ class LaDapoLoss:
     latent_weight: float = 0.5
     kl_weight: float = 1e-2
     latent_kl_weight: float = 1e-2
+    entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("clip_low", "latent_clip_low"):
@@ -76,7 +79,7 @@ class LaDapoLoss:
         for key in ("dual_clip", "latent_dual_clip"):
             if getattr(self, key) is not None:
                 self._expect(key, "a number above 1, or null to switch it off", lambda value: 1 < value < math.inf)
-        for key in ("latent_weight", "kl_weight", "latent_kl_weight"):
+        for key in ("latent_weight", "kl_weight", "latent_kl_weight", "entropy_weight"):
             self._expect(key, "a number of at least 0", lambda value: 0 <= value < math.inf)
 
     def _expect(self, key: str, expected: str, fits: Callable[[float], bool]) -> None:
@@ -119,7 +122,7 @@ def policy_loss(
         ref_log_prob: floating (B, T), log p(token) of the reference; needed if kl_weight > 0.
         latent_kl: floating (B, T), `tempering.latent_kl` at latent positions; needed if latent_kl_weight > 0 and the
             batch has latents.
-        entropy: floating (B, T), of the token distributions, in nats; only reported.
+        entropy: floating (B, T), of the token distributions, in nats; needed if entropy_weight > 0, else only reported.
         weights: floating (B, T), of each action's policy loss, clipped as it is: `correction.correction_weights`, where
             the rollout's policy is not the actor's. Count as data.
 
@@ -139,7 +142,7 @@ def policy_loss(
     Raises:
         ValueError, TypeError: shapes, masks that are not Bool or overlap, a count that is negative, or 0 beside a mask
             that is not empty.
-        ConfigError: a KL with a weight but without its values.
+        ConfigError: a KL or an entropy with a weight but without its values.
     """
     _check_tensors(
         log_prob, old_log_prob, advantages, ref_log_prob, latent_kl, entropy, weights, text_mask, latent_mask
@@ -154,6 +157,11 @@ def policy_loss(
         raise ConfigError(
             f"la_dapo: latent_kl_weight={settings.latent_kl_weight:g} needs latent_kl, found none. Enable the "
             "reference model and a stochastic latent policy, or set latent_kl_weight to 0."
+        )
+    if settings.entropy_weight and entropy is None:
+        raise ConfigError(
+            f"la_dapo: entropy_weight={settings.entropy_weight:g} needs entropy, found none. Have the host compute it, "
+            "or set entropy_weight to 0."
         )
     dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
     log_prob = log_prob.to(dtype)
@@ -181,6 +189,8 @@ def policy_loss(
             loss = loss + settings.latent_kl_weight * latent["kl_ref"]
     if entropy is not None:
         text["entropy"] = _mean(entropy.to(dtype), text_mask, num_text)
+        if settings.entropy_weight:
+            loss = loss - settings.entropy_weight * text["entropy"]
 
     metrics = {f"text/{key}": value.detach() for key, value in text.items()}
     metrics |= {f"latent/{key}": value.detach() for key, value in latent.items()}

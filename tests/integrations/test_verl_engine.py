@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -283,7 +284,7 @@ def trainable(batch, found, model):
 def plain_loss(model, found, batch, settings):
     """The same loss, one sample at a time, without verl: a forward pass of the stock model in a `LatentChannel`."""
     policy, tempering = build_policy(**VMF), Tempering.from_name("sqrt_dim")
-    config, padded = model.config, []
+    config, padded, entropies = model.config, [], []
     for i, (inputs, out) in enumerate(found):
         prompt, response = inputs["input_ids"], out.responses[0]
         ids = torch.cat([prompt[0], response])[None]
@@ -295,6 +296,9 @@ def plain_loss(model, found, batch, settings):
         logits = logits.float() / TEMPERATURE
         values = logits.log_softmax(-1).gather(1, response[:, None])[:, 0].double()
         at = response == config.latent_id
+        # Of the words that the model chose: no latent, and no end of a span.
+        words = ~out.forced[0] & (response != config.latent_id) & (response != config.latent_end_id)
+        entropies.append(-(logits.log_softmax(-1).exp() * logits.log_softmax(-1)).sum(-1)[words].sum())
         density = latent_log_prob(policy, channel.mu, out.latents[0], tempering)
         if not config.fixed_latent_budget:
             density = density + continue_log_prob(logits[at], config.latent_end_id)
@@ -308,7 +312,7 @@ def plain_loss(model, found, batch, settings):
     values, kl = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*padded, strict=True))
     weights = batch[WEIGHTS].to_padded_tensor(0) if WEIGHTS in batch else None
     loss, _, _ = policy_loss(
-        settings,
+        replace(settings, entropy_weight=0.0),
         values,
         columns["old_log_probs"],
         columns["advantages"],
@@ -320,14 +324,17 @@ def plain_loss(model, found, batch, settings):
         latent_kl=kl,
         weights=weights,
     )
-    return loss
+    return loss - settings.entropy_weight * torch.stack(entropies).sum() / text.sum()
 
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed, corrected):
     path, model, found = rollout
-    settings = LaDapoLoss(kl_weight=0.05, latent_kl_weight=0.2, clip_high=0.1)
+    # The entropy bonus, in two of the four: on verl's own entropies.
+    settings = LaDapoLoss(
+        kl_weight=0.05, latent_kl_weight=0.2, clip_high=0.1, entropy_weight=0.3 if packed == corrected else 0.0
+    )
     batch = trainable(as_batch(path, model, found), found, model)
     if corrected:
         drawn = torch.Generator().manual_seed(7)

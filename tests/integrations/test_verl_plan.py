@@ -82,6 +82,7 @@ SETUP = Setup(
     packed=True,
     scaled=True,
     entropy="compiled",
+    entropy_trained=False,
     vision_frozen=True,
     engine=ENGINE,
 )
@@ -124,6 +125,16 @@ def test_entropies_without_a_compiler():
     assert logits() == 4 * 4096 * 50
     assert logits(entropy="plain") == (4 + 12) * 4096 * 50
     assert logits(entropy="chunked") == (4 + 12 / 2) * 4096 * 50, "a chunk is 2,048 of 4,096 rows"
+
+
+def test_a_bonus_on_entropy_keeps_them_for_the_update():
+    def logits(**changes):
+        update = phases(MODEL, replace(SETUP, entropy_trained=True, **changes))["update"]
+        return sizes(update)["logits"] / (SETUP.tokens * 50)
+
+    assert logits(entropy_trained=False) == 4
+    assert logits() == 4 + 2 * 2, "a gradient of its own, and one that cross-entropy does not write over the logits"
+    assert logits(entropy="chunked") == logits(entropy="plain") == 4 + 2 * 2 + 12
 
 
 def test_the_engine_and_its_cache():

@@ -62,6 +62,7 @@ def test_defaults_are_the_papers():
         latent_weight=0.5,
         kl_weight=0.01,
         latent_kl_weight=0.01,
+        entropy_weight=0.0,
     )
 
 
@@ -106,6 +107,7 @@ def test_value_by_hand():
         ({"latent_clip_low": 0.3}, TEXT + 0.5 * (LATENT - 2 * 0.1 / 4)),  # 0.8 is inside
         ({"kl_weight": 0.5}, TEXT + 0.5 * LATENT + 0.5 * KL_TEXT),
         ({"latent_kl_weight": 0.5}, TEXT + 0.5 * LATENT + 0.5 * KL_LATENT),
+        ({"entropy_weight": 0.25}, TEXT + 0.5 * LATENT - 0.25 * 1.0),  # (0.5 + 1.5 + 2 + 0) / 4
     ],
 )
 def test_each_setting_by_hand(changes, expected):
@@ -378,6 +380,7 @@ def test_without_latents_equals_verl(verl_algorithms, clips):
         ({"latent_weight": -0.5}, r"latent_weight: expected a number of at least 0, found -0\.5"),
         ({"kl_weight": NAN}, r"kl_weight: expected a number of at least 0, found nan"),
         ({"latent_kl_weight": None}, r"latent_kl_weight: expected a number of at least 0, found None"),
+        ({"entropy_weight": -0.1}, r"entropy_weight: expected a number of at least 0, found -0\.1"),
         ({"kl_weight": True}, r"kl_weight: expected a number of at least 0, found True"),
     ],
 )
@@ -388,6 +391,8 @@ def test_bad_settings(changes, message):
 
 def test_missing_kl():
     case = random_case()
+    with pytest.raises(ConfigError, match=r"entropy_weight=0\.1 needs entropy, found none"):
+        policy_loss(LaDapoLoss(entropy_weight=0.1), **case | {"entropy": None})
     with pytest.raises(ConfigError, match=r"kl_weight=0\.01 needs ref_log_prob, found none. Enable the reference"):
         policy_loss(LaDapoLoss(), **case | {"ref_log_prob": None})
     with pytest.raises(ConfigError, match=r"latent_kl_weight=0\.01 needs latent_kl, .* or set latent_kl_weight to 0"):

@@ -32,6 +32,7 @@ from future_l1_plugin.data.rl import EncodedPrompt, RlPrompt, chat_messages, enc
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.rl.prompts import check_judged
 from future_l1_plugin.integrations.rl.settings import checked_rewards
+from future_l1_plugin.integrations.verl.unread import check_dataset_keys
 from future_l1_plugin.rewards import RewardSet
 
 AGENT_NAME = "future_l1_latent"
@@ -41,15 +42,6 @@ _SHORTER = (
     "Raise it (and rollout.max_model_len), or leave such prompts out (data.future_l1.on_bad=skip); a new run may also "
     "lower data.future_l1.num_frames or show smaller pictures."
 )
-
-#: Settings of verl's own dataset that would change what is asked. Prompts here are never filtered, cut or templated
-#: anew, so any other value than these is an error.
-_VERLS_OWN = {
-    "filter_overlong_prompts": False,
-    "truncation": "error",
-    "apply_chat_template_kwargs": {},
-    "mm_processor_kwargs": {},
-}
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +123,7 @@ class LatentRLDataset(Dataset):
         rewards: RewardSet | None = None,
     ) -> None:
         settings = prompt_settings(config)
-        _check_verls_own(config)
+        check_dataset_keys(config)
         if not data_files:
             raise ConfigError("data.train_files and data.val_files: expected a file or a list of files, found nothing")
         files = [data_files] if isinstance(data_files, str) else [str(file) for file in data_files]
@@ -229,16 +221,6 @@ def _rewards_beside(config: Mapping[str, Any]) -> RewardSet | None:
     except ConfigKeyError:  # part of nothing
         return None
     return None if entries is None else checked_rewards(OmegaConf.to_container(entries, resolve=True))
-
-
-def _check_verls_own(config: Mapping[str, Any]) -> None:
-    for key, expected in _VERLS_OWN.items():
-        found = config.get(key)
-        if found is not None and found != expected:
-            raise ConfigError(
-                f"data.{key}: LatentRLDataset never filters, cuts or re-templates prompts; expected {expected!r}, "
-                f"found {found!r}. Remove the key."
-            )
 
 
 def _selected(prompts: list[RlPrompt], most: int, config: Mapping[str, Any]) -> list[RlPrompt]:

@@ -207,8 +207,9 @@ class LatentEngine(FSDPEngineWithLMHead):
         # float64 from here on: an untempered density is of the order of 1e4, where float32 resolves 1e-3 nats.
         log_probs = flat(result["log_probs"]).double().masked_scatter(before, chosen.double())
         result["log_probs"] = torch.nested.nested_tensor_from_jagged(log_probs, offsets)
-        if "entropy" in result:  # of a choice among ids that was not made
-            entropy = flat(result["entropy"]).masked_fill(before, 0.0)
+        if "entropy" in result:  # of a choice among all ids, which is not the choice to end a span or to go on
+            ended = (micro_batch["input_ids"].values() == self.latent.tokens.end).roll(-1)
+            entropy = flat(result["entropy"]).masked_fill(before | ended, 0.0)
             result["entropy"] = torch.nested.nested_tensor_from_jagged(entropy, offsets)
         counts = torch.tensor([0, *map(len, latents)], device=mu.device).cumsum(0)
         if logits_processor_func is not None:

@@ -30,6 +30,8 @@ def la_dapo_loss(
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """The loss of a micro-batch, as a share of its mini-batch over all ranks, and its metrics."""
     log_prob = no_padding_2_padding(model_output["log_probs"], data)  # float64 (B, T)
+    entropy = model_output.get("entropy")  # with actor.entropy_coeff or actor.calculate_entropy
+    entropy = None if entropy is None else no_padding_2_padding(entropy, data)
     names = ["responses", "response_mask", "old_log_probs", "advantages"]
     names += ["ref_log_prob"] if "ref_log_prob" in data else []
     names += [WEIGHTS] if corrected else []
@@ -55,6 +57,7 @@ def la_dapo_loss(
         num_latents=num_latents,
         ref_log_prob=padded.get("ref_log_prob", None) if settings.kl_weight else None,
         latent_kl=kl,
+        entropy=entropy,
         weights=padded[WEIGHTS] if corrected else None,
     )
     ranks = data["dp_size"]  # gradients and metrics are averaged over ranks

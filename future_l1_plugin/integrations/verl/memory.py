@@ -11,6 +11,7 @@ Where the formulas come from (verl 0.9.1, torch 2.13, vLLM 0.31):
 - logits: `logits / temperature` is a second copy. flash-attn's cross-entropy overwrites it with its gradient; without
   flash-attn (verl/utils/torch_functional.py `logprobs_from_logits_v2`) log-softmax is kept in float32. The pass for old
   log-probabilities takes entropies, too: in one compiled kernel, or by three float32 copies where nothing is compiled.
+  With `actor.entropy_coeff` the update does, and keeps them for its gradient, chunked or not.
 - activations of the decoder: as in `integrations.sft.memory`.
 - latent_vllm: vLLM takes `gpu_memory_utilization` of the GPU and gives to the KV cache what weights and a trial pass
   leave (vllm/v1/worker/gpu_worker.py `determine_available_memory`). Asleep (level 2) it keeps neither.
@@ -87,6 +88,7 @@ class Setup:
     packed: bool  # `use_remove_padding`
     scaled: bool  # temperature is not 1
     entropy: str  # compiled | chunked | plain
+    entropy_trained: bool  # `actor.entropy_coeff` or `calculate_entropy`: the update takes entropies, too
     vision_frozen: bool
     engine: Engine
 
@@ -152,7 +154,7 @@ def passing(m: ModelCounts, s: Setup, tokens: int, trains: bool, entropy: bool =
     parts.append(Part("vision tower", tower, f"as if all {n:,} tokens were pictures, {m.patches} patches each"))
     if not s.flash:
         parts.append(Part("attention mask", 3 * n * n, "sdpa: 3 x tokens x tokens"))
-    copies = _logits_bytes(s, trains) + (_entropy_bytes(s, n) if entropy else 0)
+    copies = _logits_bytes(s, trains) + (_entropy_bytes(s, n, trains) if entropy else 0)
     parts.append(Part("logits", copies * n * m.vocabulary, f"{copies:.3g} bytes x {n:,} tokens x {m.vocabulary:,}"))
     return parts
 
@@ -170,7 +172,8 @@ def phases(m: ModelCounts, s: Setup) -> dict[str, list[Part]]:
     b, by = s.model_dtype, f" / {s.gpus} GPUs"
     states = 0 if s.all_away else 3 * b * m.trained / s.gpus
     where = "on the CPU" if s.all_away else f"{3 * b} x trained{by}: gradients, AdamW's moments"
-    found["update"] = [*asleep, here[0], Part("gradients, optimiser", states, where), *passing(m, s, s.tokens, True)]
+    work = passing(m, s, s.tokens, True, s.entropy_trained)
+    found["update"] = [*asleep, here[0], Part("gradients, optimiser", states, where), *work]
     awake = [engine(m, s)[0]] if s.engine.pooled and s.engine.sleeps else engine(m, s)
     sent = (s.model_dtype + s.engine.dtype) * m.largest_tensor + s.engine.bucket
     what = f"the largest whole tensor ({m.largest_tensor:,} numbers) in both dtypes, and a bucket"
@@ -201,7 +204,9 @@ def _logits_bytes(s: Setup, trains: bool) -> float:
     return copies + 4 if b < 4 else 4 * b  # log-softmax in float32; or logsumexp's and gather's gradients
 
 
-def _entropy_bytes(s: Setup, tokens: int) -> float:
+def _entropy_bytes(s: Setup, tokens: int, trains: bool) -> float:
+    if trains:  # its own gradient of the logits, and cross-entropy's that is not written over them
+        return 2 * s.param_dtype + (0 if s.entropy == "compiled" and s.packed else 12)
     if s.entropy == "compiled" and s.packed:
         return 0
     return 12 * (min(1.0, _ENTROPY_CHUNK / tokens) if s.entropy == "chunked" and s.packed else 1)

@@ -8,7 +8,8 @@
     groups: {low: 0.1, high: 0.9}
 
 Text is clipped, averaged and compared with the reference as verl's own keys say (`actor.clip_ratio_low`,
-`clip_ratio_high`, `clip_ratio_c`, `use_kl_loss`, `kl_loss_coef`). What latents do not go with, `check_host` refuses.
+`clip_ratio_high`, `clip_ratio_c`, `use_kl_loss`, `kl_loss_coef`), and `actor.entropy_coeff` is its entropy bonus. What
+latents do not go with, `check_host` refuses; what would have no effect, `unread`.
 """
 
 import difflib
@@ -22,6 +23,7 @@ from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
 from future_l1_plugin.integrations.verl import plugin
 from future_l1_plugin.integrations.verl.correction import rollout_correction
+from future_l1_plugin.integrations.verl.unread import check_given, check_unread
 from future_l1_plugin.integrations.vllm.allocator import check_allocator
 from future_l1_plugin.la_dapo import LaDapoLoss, RolloutCorrection
 from future_l1_plugin.rewards import RewardSet
@@ -85,7 +87,9 @@ class Settings:
             raise ConfigError(f"unknown section `{unknown[0]}`.{hint} Sections: {', '.join(sorted(_SECTIONS))}")
         if "rewards" not in config:
             raise ConfigError("rewards: expected a list of reward terms at the top level, as in recipes/la_dapo.yaml")
+        check_given(config)
         check_host(config)
+        check_unread(config)
         latent, actor = latent_section(config), config.actor_rollout_ref.actor
         return cls(
             latent=latent,
@@ -102,6 +106,7 @@ class Settings:
                 latent_weight=latent.weight,
                 latent_kl_weight=latent.kl_weight if actor.use_kl_loss else 0.0,
                 kl_weight=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+                entropy_weight=actor.entropy_coeff,
             ),
         )
 
@@ -186,7 +191,18 @@ def check_host(config: DictConfig) -> None:
             config.trainer.get("critic_warmup", 0),
             0,
         ),
-        (actor.entropy_coeff != 0, "actor_rollout_ref.actor.entropy_coeff", actor.entropy_coeff, 0),
+        (
+            config.algorithm.filter_groups.enable and config.algorithm.filter_groups.metric != "acc",
+            "algorithm.filter_groups.metric",
+            config.algorithm.filter_groups.metric,
+            "acc (groups are filtered by the share that is right)",
+        ),
+        (
+            config.reward.reward_manager.source != "importlib",  # one of verl's own, which know no terms
+            "reward.reward_manager.source",
+            config.reward.reward_manager.source,
+            "importlib and LatentRewardManager, as in recipes/la_dapo.yaml (your own function is a term of `rewards`)",
+        ),
         (config.algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, False),
         (
             actor.ulysses_sequence_parallel_size > 1,  # the hidden states of a latent and of its input sit on two ranks

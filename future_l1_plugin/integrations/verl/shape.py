@@ -132,6 +132,7 @@ def make_setup(config: DictConfig, gpu_bytes: int) -> Setup:
         packed=worker.model.use_remove_padding,
         scaled=rollout.temperature != 1,
         entropy="chunked" if chunked else "compiled" if fsdp.use_torch_compile else "plain",
+        entropy_trained=actor.calculate_entropy or actor.entropy_coeff != 0,
         vision_frozen=bool(actor.get("freeze_vision_tower", False)),
         engine=Engine(
             sleeps=bool(rollout.name == VLLM_ROLLOUT and sleeps),
