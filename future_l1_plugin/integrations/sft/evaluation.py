@@ -128,13 +128,14 @@ class SpanProbe:
         inputs = left_padded(samples, self.processor.tokenizer.pad_token_id, model.device)
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
+        beyond = model.config.get_text_config().vocab_size  # an id that no answer has
         out = generate(
             model,
             inputs,
             max_new_tokens=self.max_new_tokens,
             tokenizer=self.processor.tokenizer,
             use_cache=True,  # transformers.Trainer switches it off in the model's configuration
-            **({"eos_token_id": -1} if divided() else {}),
+            **({"eos_token_id": beyond} if divided() else {}),
         )
         responses = [response.tolist() for response in out.responses]
         return [ids[: next((i for i, token in enumerate(ids) if token in ends), None)] for ids in responses]
