@@ -53,8 +53,8 @@ class LaDapoLoss:
         latent_weight: weight of the latents' policy loss; at least 0.
         kl_weight: weight of the tokens' KL to the reference; at least 0.
         latent_kl_weight: weight of the latents' KL to the reference; at least 0.
-        entropy_weight: weight of the tokens' mean entropy, a bonus; at least 0. Latents get none: how far they are drawn
-            from mu is a setting of the policy and not learnt.
+        entropy_weight: weight of the tokens' mean entropy, a bonus; at least 0. Latents get none: how far from mu they
+            are drawn is a setting of the policy and not learnt.
 
     Raises:
         ConfigError: a value outside its range.
