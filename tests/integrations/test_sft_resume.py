@@ -223,6 +223,9 @@ def test_a_finished_run_gets_more_steps_and_what_errors_advise(start, whole, tmp
     assert [row["step"] for row in rows[:5]] == [1, 2, 3, 4, 5]
     # One warm-up step, then half a cosine over four; the fifth step is three of them in: (1 + cos(135 degrees)) / 2.
     assert rows[4]["learning_rate"] == pytest.approx(1e-3 * 0.1464466)
+    (folder / "final").rename(folder / "taken")  # killed before it was written, with the checkpoint of the last step
+    assert start(tmp_path / "run", "train.max_steps=5", *advised)[0] == 0
+    assert same(folder / "final", folder / "taken") and checkpoints(folder) == ["checkpoint-5"]
     assert start(tmp_path / "run", *advised)[0] == 2  # back to four
     assert "train.max_steps: 5 -> 4 (it may be raised, not lowered)" in capsys.readouterr().err
 

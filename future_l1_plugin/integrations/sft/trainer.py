@@ -120,6 +120,12 @@ class LatentLosses:
         processor.save_pretrained(output_dir or self.args.output_dir)
         self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer makes a step too many where a run has all of its steps and only `final` is missing: it was killed
+        between its last checkpoint and that, in the middle of an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Asked for at each step, before the optimiser makes it; DeepSpeed's engine has made it already."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
