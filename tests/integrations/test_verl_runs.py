@@ -7,12 +7,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -143,14 +143,20 @@ def test_weights_are_saved_as_an_ordinary_latent_checkpoint(out, first):
 
 def test_the_same_seed_gives_the_same_run_and_a_killed_one_goes_on(out, first):
     run = "trainer.project_name=${out}/second"
-    process = subprocess.Popen(
-        command(out, *LONG, run), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    log = out / "second.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command(out, *LONG, run), env=environment(), stdout=file, stderr=file)
     mark = out / "second" / "latest_checkpointed_iteration.txt"
     wait_for(lambda: mark.exists() and 3 in metrics(out, "second"), process)  # step 3 is lost with the process
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # As Ray's memory monitor does it, in the rollout of step 4, which begins with the log of step 3.
+    workers = psutil.Process(process.pid).children(recursive=True)
+    next(one for one in workers if "AgentLoopWorker" in " ".join(one.cmdline())).kill()
+    assert process.wait(timeout=120) != 0
+    said = r"RolloutError: (agent-loop worker 0 died: .*prompts are waited for: |an agent-loop worker died before its)"
+    assert re.search(said, log.read_text())
     train(out, *LONG, run, "trainer.val_before_train=False")
+    kept = [path.name for path in (out / "second").glob("global_step_*")]
+    assert kept == ["global_step_4"], "max_actor_ckpt_to_keep is 1, over the resumption too"
     again = metrics(out, "second")
     assert set(again) == set(first) == {0, 1, 2, 3, 4}
     for step, data in again.items():
@@ -205,7 +211,7 @@ def test_two_engines_two_ranks_and_prompts_that_fail(out, tmp_path):
 
     Four prompts fail and are replaced and named: a clip that does not decode, a prompt that is too long, and a request
     of each engine that it gives up. With the off-policy correction on, which has nothing to correct: both compute in
-    float32.
+    float32. A gradient that is not finite, on one rank in the fifth step, stops both before the step is saved.
     """
     world = tmp_path / "world"
     shutil.copytree(out / "rl_world", world)
@@ -222,12 +228,17 @@ def test_two_engines_two_ranks_and_prompts_that_fail(out, tmp_path):
         *LONG,
         "algorithm.rollout_correction={rollout_is: token}",
         *("trainer.project_name=${out}/engines", "trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2"),
-        *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "trainer.save_freq=-1"),
+        *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2"),
         *("trainer.val_before_train=False", "trainer.test_freq=-1"),
+        *("trainer.total_training_steps=5", "trainer.save_freq=4"),
         *("data.shuffle=false", f"data.train_files=[{questions}]"),
         "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=verl_faults",
         path=tmp_path,
+        fails=True,
     )
+    assert re.search(r"NotFinite: step 5: .*actor/grad_norm nan.*Its prompts: \S", log)
+    assert sorted(metrics(out, "engines")) == [1, 2, 3, 4]
+    assert [path.name for path in (out / "engines").glob("global_step_*")] == ["global_step_4"]
     steps = [metrics(out, "engines")[step] for step in (1, 2, 3, 4)]
     for data in steps:
         assert data["rollout_gap/text_max"] <= 1e-4
