@@ -20,7 +20,7 @@ if [ ! -f "$OUT/start/config.json" ]; then
   say "micro base: sees, but was never shown a future; a fresh latent head for SFT to start from"
   rm -rf "$OUT/base"
   future-l1 tiny "$OUT/base" --pretrained
-  future-l1 convert "$OUT/base" "$OUT/start" --system-prompt "" \
+  future-l1 convert "$OUT/base" "$OUT/start" --system-prompt "" --dtype float32 \
     --set use_projection_head=true --set projection_head_type=lvr --set fixed_latent_budget=true
 fi
 

@@ -44,6 +44,7 @@ from future_l1_plugin.journal import Journal, checkpoint_mark, key_of
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, LatentOutput, chat_template
 from future_l1_plugin.model.checkpoint import load_processor
+from future_l1_plugin.model.training import check_whole, sources
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN = 10  # bad samples that an error lists
@@ -202,6 +203,7 @@ class FutureL1(lmms):
                 f"engine=vllm: expected one process, found {self._world_size}. Start lmms-eval without a launcher, and "
                 'give vLLM the devices: vllm_args={"tensor_parallel_size": N}'
             )
+        check_whole(self.pretrained, "pretrained")
         return VllmAnswers(self.pretrained, self.dtype, self._latent.budget, policy, vllm_args)
 
     def _checked_config(self) -> tuple[LatentConfig, str | None]:
@@ -209,7 +211,7 @@ class FutureL1(lmms):
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.pretrained)
+            config = AutoConfig.from_pretrained(sources(self.pretrained).config)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"pretrained={self.pretrained}: expected a folder with a latent Qwen3-VL checkpoint, or a hub id that "
@@ -218,7 +220,7 @@ class FutureL1(lmms):
         return replace(LatentConfig.from_hf(config), **self._budget), getattr(config, "_commit_hash", None)
 
     def _processor(self) -> Any:
-        processor = load_processor(self.pretrained, self._latent)
+        processor = load_processor(sources(self.pretrained).processor, self._latent)
         if self.system_prompt is not None:
             processor.chat_template = chat_template(self.system_prompt)
         return processor

@@ -40,6 +40,7 @@ def run(recipe: SftRecipe) -> Path:
     from future_l1_plugin.model.checkpoint import divided, gathered
     from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents
     from future_l1_plugin.model.reading import latent_and_processor
+    from future_l1_plugin.model.training import check_whole
 
     # Gradients of a small model in float32 underflow to denormal numbers, on which a CPU is up to ten times slower.
     # Worker threads inherit the setting, so it must come before the first parallel operation.
@@ -58,6 +59,7 @@ def run(recipe: SftRecipe) -> Path:
         return final
     set_seed(train.seed)
     fit.check(recipe, host, arguments.world_size, arguments.bf16, arguments, going_on=start.newest is not None)
+    check_whole(recipe.model, "model")  # adapters made from here on would name it as what they belong to
     latent, processor = latent_and_processor(recipe.model, **latent_keys(recipe.latent))
     shown = (processor, latent, recipe.data.question_media, recipe.data.spans, recipe.data.max_length)
     lengths = RecordLengths(*shown)

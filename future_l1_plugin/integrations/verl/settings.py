@@ -26,6 +26,7 @@ from future_l1_plugin.integrations.verl.correction import rollout_correction
 from future_l1_plugin.integrations.verl.unread import check_given, check_unread
 from future_l1_plugin.integrations.vllm.allocator import check_allocator
 from future_l1_plugin.la_dapo import LaDapoLoss, RolloutCorrection
+from future_l1_plugin.model.training import check_whole
 from future_l1_plugin.rewards import RewardSet
 
 #: Top-level keys: verl's own, and ours. verl takes any key, so a misspelt section would be ignored.
@@ -78,6 +79,7 @@ class Settings:
 
         Raises:
             ConfigError: a section is missing or wrong, or verl is set to something that latents do not go with.
+            CheckpointError: the model's path is a checkpoint of a run in training; says the command that exports it.
         """
         if "dry_run" in config:  # verl starts Ray before it asks us for anything
             raise ConfigError("dry_run: verl has none. Run: future-l1 plan RECIPE.yaml, with the same key=value words")
@@ -88,6 +90,7 @@ class Settings:
         if "rewards" not in config:
             raise ConfigError("rewards: expected a list of reward terms at the top level, as in recipes/la_dapo.yaml")
         check_given(config)
+        check_whole(config.actor_rollout_ref.model.path, "actor_rollout_ref.model.path")
         check_host(config)
         check_unread(config)
         latent, actor = latent_section(config), config.actor_rollout_ref.actor
