@@ -41,6 +41,7 @@ ALONE = {
     "test_hf_trainer.py",
     "test_lmms_eval.py",
     "test_objective.py",
+    "test_sft_two_processes.py",
     "test_verl_groups.py",
     "test_verl_pixels.py",
     "test_verl_rollout.py",
