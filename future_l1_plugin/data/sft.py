@@ -7,8 +7,8 @@ pixels (sides are multiples of 32), or `train_fixed_latent_budget` if that is se
 
 Cross-entropy labels: everything after the first assistant header, except padding and `<|latent|>`; the start and end
 markers are learned, the latents in between are supervised by the latent loss. That a span goes on with a latent has no
-label: `<|latent|>` is what decoding writes there whatever the model proposes, unless it proposes the end; this choice is
-trained as such (`model.objective`).
+label: `<|latent|>` is what decoding writes there whatever the model proposes, unless it proposes the end; that choice
+is trained as such (`model.objective`).
 """
 
 import dataclasses
