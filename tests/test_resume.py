@@ -180,6 +180,11 @@ def test_a_refusal_names_key_values_and_what_to_do():
     )
 
 
+def test_a_refusal_that_needs_it_says_why():
+    (line,) = changes("verl", {"ranks": 8}, {"ranks": 4}).refused
+    assert line == "ranks: 8 -> 4 (a checkpoint is read by as many ranks as wrote it)"
+
+
 def test_what_is_extended_is_said():
     lines = check("sft", {"train.max_steps": 4}, {"train.max_steps": 8}, "", "")
     assert lines == [

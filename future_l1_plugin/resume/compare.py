@@ -56,7 +56,7 @@ def changes(host: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> C
             continue
         line = f"{key}: {_shown(key, before)} -> {_shown(key, after)}"
         if rule.kind is Kind.RESULTS:
-            found.refused.append(line)
+            found.refused.append(f"{line} ({rule.said})" if rule.said else line)
         elif rule.kind is Kind.COST:
             found.said += [f"{line} ({rule.said})"] if rule.said else []
         elif rule.both or _wider(rule, old, new):

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from future_l1_plugin.journal import atomic_write
 from future_l1_plugin.resume.compare import check, flat
 from future_l1_plugin.resume.inputs import Inputs
 
@@ -15,7 +16,7 @@ SETTINGS = "settings.yaml"
 def hold(
     host: str, folder: Path, going_on: bool, values: Mapping[str, Any], inputs: Inputs | None, mend: str
 ) -> list[str]:
-    """Check a run that goes on, and leave its settings and inputs for the next time.
+    """Check a run that goes on against its start, which leaves its settings and inputs here.
 
     Args:
         host: `verl` or `easyr1`.
@@ -33,17 +34,19 @@ def hold(
         DataError: inputs that changed (`Inputs.check`).
     """
     file, mine, lines = folder / SETTINGS, flat(values), []
+    folder.mkdir(parents=True, exist_ok=True)
     if going_on and file.is_file():
         before = flat(OmegaConf.to_container(OmegaConf.load(file)))
         lines = check(host, before, mine, f"{folder} holds checkpoints of a run", mend)
-    if inputs is not None:
-        before = Inputs.read(folder) if going_on else None
-        if before is not None:
-            lines += inputs.check(before, folder, mend)
-        elif going_on:
-            lines.append(f"{folder}: the run's start left no inputs.json, so that its data cannot be compared")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(mine)), encoding="utf-8")
-    if inputs is not None:
-        inputs.write(folder)
+    else:
+        with atomic_write(file) as opened:
+            opened.write(OmegaConf.to_yaml(OmegaConf.create(mine)).encode())
+    if inputs is None:
+        return lines
+    before = Inputs.read(folder) if going_on else None
+    if before is not None:
+        return lines + inputs.check(before, folder, mend)
+    inputs.write(folder)
+    if going_on:
+        lines.append(f"{folder}: the run's start left no inputs.json, so that its data cannot be compared")
     return lines

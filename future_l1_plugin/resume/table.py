@@ -29,7 +29,7 @@ class Rule:
         why: what a change does, in half a sentence.
         order: EXTENDS: values that are no numbers, from the narrowest to the widest. Numbers may grow.
         both: EXTENDS: less of it is free, too, because what was done is the same.
-        said: what is printed when it changes: COST after which a result may move a little, or of EXTENDS.
+        said: told with a change: why it is refused, what it does to the rest, or that a result may move a little.
         same: what two values are compared by; None: by themselves.
     """
 
@@ -113,7 +113,8 @@ SFT: Sequence[Rule] = (
     Rule(
         ("{hf_trainer,qwen_vl_finetune}.deepspeed", "hf_trainer.fsdp", "processes"),
         Kind.RESULTS,
-        "what a checkpoint is divided into; no other division can read it",
+        "what is divided over the GPUs",
+        said="a checkpoint is read under the division that wrote it",
     ),
     Rule(("qwen_vl_finetune.arguments", "qwen_vl_finetune.arguments.**"), Kind.RESULTS, "flags of that trainer"),
     Rule(("data.{question_media,spans}",), Kind.RESULTS, "what the model is shown"),
@@ -165,7 +166,9 @@ VERL: Sequence[Rule] = (
         Kind.COST,
         "how the ranks lie on machines; their number is compared",
     ),
-    Rule(("ranks",), Kind.RESULTS, "n_gpus_per_node x nnodes: verl reads a checkpoint with as many ranks as wrote it"),
+    Rule(
+        ("ranks",), Kind.RESULTS, "n_gpus_per_node x nnodes", said="a checkpoint is read by as many ranks as wrote it"
+    ),
     Rule(
         (f"{_WORKER}.actor.checkpoint.{{save_contents,load_contents}}",),
         Kind.RESULTS,
@@ -257,7 +260,9 @@ EASYR1: Sequence[Rule] = (
         _REPORTS + ", and validation",
     ),
     Rule(("trainer.{nnodes,n_gpus_per_node}",), Kind.COST, "how the ranks lie on machines; their number is compared"),
-    Rule(("ranks",), Kind.RESULTS, "n_gpus_per_node x nnodes: EasyR1 reads a checkpoint with the ranks that wrote it"),
+    Rule(
+        ("ranks",), Kind.RESULTS, "n_gpus_per_node x nnodes", said="a checkpoint is read by as many ranks as wrote it"
+    ),
     Rule(
         (
             "worker.actor.micro_batch_size_per_device_for_{update,experience}",
