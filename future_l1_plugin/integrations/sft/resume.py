@@ -107,9 +107,8 @@ class Start:
         """One process: leave recipe and inputs there, and put out of the way what the run will write."""
         output = Path(self.recipe.output)
         if not self.recipe.log.resume:  # what an earlier run left would be taken for this one's by the next resume
-            for folder in (output / "checkpoints").glob("*"):
+            for folder in (*(output / "checkpoints").glob("checkpoint-*"), output / "checkpoints", output / "final"):
                 delete(folder)
-            delete(output / "final")
         elif self.newest is not None:
             for folder in self._found.broken:
                 delete(folder)
