@@ -371,6 +371,9 @@ def test_a_server_answers_with_latent_spans(path, reference, tmp_path):
             "one latent_seed",
         ),
         ({"allowed_token_ids": [[5]]}, "allowed_token_ids: know no latent spans"),
+        ({"stop": "box"}, r"stop=\['box'\]: vLLM looks for stop strings outside"),
+        ({"stop": [["box"]], "extra_args": {"latent_return": "means"}}, "which loses its latents"),
+        ({"repetition_detection": {"max_pattern_size": 2, "min_count": 3}}, "repetition_detection: know no latent"),
     ],
 )
 def test_a_wrong_request_is_refused_and_the_engine_goes_on(vllm, engine, mixed, params, match):
@@ -379,6 +382,33 @@ def test_a_wrong_request_is_refused_and_the_engine_goes_on(vllm, engine, mixed, 
     with pytest.raises(VLLMValidationError, match=match):
         ask(vllm, engine, [mixed[0][0]], **params)
     ask(vllm, engine, [mixed[0][0]], temperature=0, max_tokens=1)
+
+
+def test_beam_search_is_refused(vllm, engine, mixed):
+    """Each of its steps is a request whose prompt ends with ids that were latents."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    with pytest.raises(VLLMValidationError, match="how vLLM searches with beams"):
+        engine.llm.beam_search([mixed[0][0]], BeamSearchParams(beam_width=2, max_tokens=4))
+
+
+def test_what_ends_a_response_and_keeps_its_latents(vllm, engine, mixed):
+    """Stop strings end it too early where nobody asked for latents; stop ids wherever they are asked for."""
+    (whole,) = ask(vllm, engine, [mixed[0][0]], temperature=0, max_tokens=STEPS)
+    ids, latents = list(whole.outputs[0].token_ids), read_latents(whole).latents
+    end = engine.llm.llm_engine.vllm_config.model_config.hf_config.latent_end_id
+    (cut,) = ask(vllm, engine, [mixed[0][0]], temperature=0, max_tokens=STEPS, stop_token_ids=[[end]])
+    assert list(cut.outputs[0].token_ids) == ids[: ids.index(end) + 1]
+    kept = read_latents(cut).latents
+    assert 0 < len(kept) < len(latents)
+    torch.testing.assert_close(kept, latents[: len(kept)], atol=1e-5, rtol=0)
+    text = whole.outputs[0].text
+    word = text[len(text) // 2 :][:3]
+    free = {"extra_args": {"latent_return": "none"}, "skip_special_tokens": True}
+    (stopped,) = ask(vllm, engine, [mixed[0][0]], temperature=0, max_tokens=STEPS, stop=word, **free)
+    assert stopped.outputs[0].stop_reason == word
+    assert not stopped.kv_transfer_params
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ latent_limit        latents a span may hold, at least 0 (default: the checkpoint
 latent_exact        1: the model cannot end a span before the limit (default: the checkpoint's rule)
 latent_head         0: mu is the hidden state itself, whatever head the checkpoint has (default 1)
 latent_return       latents (default) | means (also mu and log p(end), as a rollout needs) | none
+                    Latents come with the finished response: stop strings lose them and are refused (with none they
+                    are free), and in the chunks of a stream (`stream: true`) vLLM has no place for them.
 """
 
 from dataclasses import dataclass
