@@ -145,7 +145,8 @@ def check_unread(config: DictConfig) -> None:
                 probe = OmegaConf.create(given) if probe is None else probe
                 OmegaConf.update(probe, name, default, merge=False)
                 default = _plain(OmegaConf.select(probe, name))
-            if found != default and name != LOSS_MODE:
+            off = default is None and found is False  # two words for one thing
+            if found != default and not off and name != LOSS_MODE:
                 raise ConfigError(
                     f"{name}: {found!r} would have no effect: {why}. Remove the key (verl's default: {default!r})"
                 )
