@@ -217,7 +217,12 @@ VERL: Sequence[Rule] = (
         _MEMORY,
     ),
     Rule(
-        (f"{_WORKER}.actor.optim.total_training_steps", "**profiler.**", "critic.**", "**served_model_name"),
+        (
+            f"{_WORKER}.actor.optim.total_training_steps",
+            "**profiler.**",
+            "{critic,distillation}.**",
+            "**served_model_name",
+        ),
         Kind.COST,
         "set by verl, or without effect here",
     ),

@@ -87,7 +87,7 @@ def test_overlong_records_are_found_before_a_run(parts, records, tmp_path):
     assert [record.id for record in kept] == [records[0].id, records[2].id]
     assert [bad.id for bad in kept.bad] == ["long", "other"]
     found = encoded(parts, long, "images", True)
-    assert f"{found:,} tokens, data.max_length is {lengths.max_length:,}. Raise it, or" in kept.bad[0].reason
+    assert f"{found:,} tokens, data.max_length is {lengths.max_length:,}. Raise it; a" in kept.bad[0].reason
     with pytest.raises(DataError, match=r"2 of 4 records cannot be trained on.*\n  long: .* tokens.*\n  other: "):
         check_record_lengths(given, lengths)
     exact = RecordLengths(*parts, max_length=found)
