@@ -131,6 +131,8 @@ class SftDataset(Dataset):
 
     def __getitem__(self, index: int) -> SftSample:
         failed: list[BadRecord] = []
+        if not -len(self) <= index < len(self):  # ends a loop over the dataset
+            raise IndexError(f"record {index} of {len(self)}")
         while True:
             record = self.records[(index + len(failed)) % len(self)]
             try:

@@ -141,6 +141,7 @@ def test_the_next_record_stands_in_for_one_that_fails(parts, broken):
     assert "broken-2.mp4: cannot be decoded" in data[2].failed[0].reason
     last = SftDataset([broken[0], broken[2]], on_bad="skip", max_failed=1)[1]
     assert last.record.id == broken[0].id  # behind the last comes the first
+    assert len(list(SftDataset(broken[:2]))) == 2  # but a loop ends
     collate = SftCollator(*parts, "images")
     loader = DataLoader(data, batch_size=2, sampler=order, collate_fn=collate, num_workers=2)
     batches = list(loader)
