@@ -34,6 +34,7 @@ from future_l1_plugin.model.template import ASSISTANT_HEADER, IMAGE
 _QUESTION_FRAME = re.compile(r"(?:frame_\d+\s*)?<image>\n?")
 IGNORED = -100  # label of positions without cross-entropy
 _TURN = "<|im_start|>"
+_NO_FRAMES = "its question has no frames (`image` is empty), and question_media=video shows them as a video"
 
 
 def check_records(records: Records, on_bad: str = "raise", question_media: str = "images") -> Records:
@@ -61,7 +62,7 @@ def check_records(records: Records, on_bad: str = "raise", question_media: str =
                 faults[record.video] = str(error)
         reason = faults[record.video] or text_fault(record)
         if not reason and question_media == "video" and not record.image:
-            reason = "its question has no frames (`image` is empty), and question_media=video shows them as a video"
+            reason = _NO_FRAMES
         if reason:
             bad.append(BadRecord("record", record.id, reason))
         else:
@@ -314,6 +315,8 @@ class SftCollator:
     def _media(self, samples: list[SftSample]) -> dict[str, Any]:
         if self.question_media == "images":
             return processor_media([frame for s in samples for frame in s.question_clip.frames])
+        if silent := [s.record.id for s in samples if not s.record.image]:
+            raise DataError(f"record {silent[0]}: {_NO_FRAMES}. `check_records` leaves such records out")
         hold = self.processor.video_processor.temporal_patch_size
         return processor_media(videos=[question_video(s.question_clip, hold) for s in samples])
 

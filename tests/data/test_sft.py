@@ -384,7 +384,7 @@ def test_records_are_checked_before_training(scene, tmp_path):
     assert check_records(Records([good])).items == [good]
 
 
-def test_a_question_without_frames(scene):
+def test_a_question_without_frames(parts, scene):
     """Shown as images it has none, not even beside future frames; as a video it cannot be shown."""
     good = world_record(scene)
     silent = dataclasses.replace(good, id="silent", question="Where?", image=[])
@@ -394,6 +394,8 @@ def test_a_question_without_frames(scene):
     with pytest.raises(DataError, match=r"silent: its question has no frames .* question_media=video"):
         check_records(Records([good, silent]), question_media="video")
     assert check_records(Records([good, silent]), "skip", "video").items == [good]
+    with pytest.raises(DataError, match="record silent: its question has no frames"):  # unchecked
+        collator(parts, question_media="video")([SftDataset([silent])[0]])
 
 
 # ---- training shows what evaluation shows ---------------------------------------------------------------------------
