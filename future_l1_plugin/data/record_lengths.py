@@ -7,6 +7,7 @@ What a header says can be wrong, so `SftDataset` asks again about each record th
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import Any, Literal
+from unicodedata import normalize
 
 from tqdm import tqdm
 
@@ -57,10 +58,10 @@ class RecordLengths:
         return words + sum(shown) - len(shown) + self._latents(record, clip)  # a frame has one token in the text
 
     def at_most(self, record: TwiffRecord, clip: ClipHeader) -> int:
-        """At least `tokens`, and far cheaper: a token is a byte or more."""
+        """At least `tokens`, and far cheaper: a token is a byte or more of the text, normalised as tokenizers do."""
         parts = [part.get("text", "") for part in assistant_content(record, self.spans)]
         parts += [question_text(record.question, self.question_media), *("" for _ in record.image), ""]
-        words = sum(len(part.encode()) + _A_PART for part in parts)
+        words = sum(len(normalize("NFC", part).encode()) + _A_PART for part in parts)
         return self._frame + words + sum(self._shown(record, clip)) + self._latents(record, clip)
 
     def fault(self, sample: SftSample) -> str | None:
@@ -96,9 +97,8 @@ class RecordLengths:
         """Latents of all spans."""
         if not self.spans or not record.reasoning_image:
             return 0
-        tokens = picture_tokens(
-            self.processor, clip.height, clip.width, self._future
-        )  # under a budget it may refuse, too
+        # Asked under a fixed budget, too: the processor may refuse the frames.
+        tokens = picture_tokens(self.processor, clip.height, clip.width, self._future)
         return len(record.reasoning_image) * (self.latent.train_fixed_latent_budget or tokens)
 
 
