@@ -105,7 +105,8 @@ class LatentLosses:
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """No step of a run that is over, and was killed before its final checkpoint was written."""
+        """No step of a run that is over, at its last one or stopped early, and was killed before `final` was there. In
+        the middle of an epoch Trainer would make one more."""
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
@@ -119,12 +120,6 @@ class LatentLosses:
         processor.tokenizer.padding_side = "left"
         processor.save_pretrained(output_dir or self.args.output_dir)
         self.model.config.save_pretrained(output_dir or self.args.output_dir)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer makes a step too many where a run has all of its steps and only `final` is missing: it was killed
-        between its last checkpoint and that, in the middle of an epoch."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Asked for at each step, before the optimiser makes it; DeepSpeed's engine has made it already."""
