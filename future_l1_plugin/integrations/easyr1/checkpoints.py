@@ -11,7 +11,7 @@ from pathlib import Path
 from verl.utils.checkpoint import CHECKPOINT_TRACKER
 
 from future_l1_plugin.journal import atomic_write
-from future_l1_plugin.resume import MARKER, fault, newest_whole, seal
+from future_l1_plugin.resume import MARKER, Found, fault, newest_whole, seal
 
 NAME = "global_step_{}"
 
@@ -66,7 +66,7 @@ def _named(folder: Path) -> tuple[Path | None, str | None]:
     return checkpoint, None
 
 
-def _broken(found: object) -> list[tuple[Path, str]]:
+def _broken(found: Found) -> list[tuple[Path, str]]:
     return list(zip(sorted(found.broken), found.lines(), strict=True))
 
 

@@ -1,5 +1,6 @@
 """EasyR1 on a CPU: the shipped recipe made small, for the micro base and world, and one worker over gloo."""
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,29 @@ def base(tmp_path_factory):
     from future_l1_plugin.model.tiny import copy_micro_base
 
     return copy_micro_base(tmp_path_factory.mktemp("easyr1") / "base")
+
+
+@pytest.fixture(scope="session")
+def headed(base, tmp_path_factory):
+    """The micro base with a latent head and an lm_head of its own, as Qwen3-VL-8B has one."""
+    from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
+    from future_l1_plugin.model import LatentConfig
+    from future_l1_plugin.model.checkpoint import attach_head
+
+    path = tmp_path_factory.mktemp("easyr1") / "headed"
+    model = LatentQwen3VL.from_pretrained(base, dtype=torch.float32)
+    latent = LatentConfig.from_hf(model.config)
+    latent.use_projection_head, latent.projection_head_type = True, "lvr"
+    latent.to_hf(model.config)
+    torch.manual_seed(1)
+    attach_head(model, latent)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(1.1 * model.lm_head.weight.detach())
+    model.save_pretrained(path)
+    for file in [*base.glob("*.json"), base / "chat_template.jinja"]:
+        if not (path / file.name).exists():
+            shutil.copy(file, path)
+    return path
 
 
 @pytest.fixture(scope="session")

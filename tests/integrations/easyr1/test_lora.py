@@ -114,6 +114,26 @@ def test_a_checkpoint_comes_back_and_its_adapters_load_elsewhere(stepped, make, 
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(again).items())
 
 
+def test_a_latent_head_is_trained_as_a_whole_and_an_lm_head_of_its_own_has_rows_too(make, headed, tmp_path):
+    worker = make(f"worker.actor.model.model_path={headed}")
+    before, reference = {name: weight.clone() for name, weight in weights(worker).items()}, as_reference(worker)
+    worker.actor.update_policy(reference_batch())
+    changed = {name for name, weight in weights(worker).items() if not torch.equal(weight, before[name])}
+    head = {name for name in before if "projection_head.modules_to_save" in name}
+    rows = {name for name in before if "trainable_tokens_delta" in name}
+    assert head and len(rows) == 2
+    assert changed - head - rows == {name for name in before if "lora_B" in name} and head | rows <= changed
+    assert torch.equal(as_reference(worker), reference)
+    expected = loss_of(worker, worker.fsdp_module)
+    worker.rollout_sharding_manager.load_vllm_and_sync_weights()
+    assert loss_of(worker, worker.rollout.model) == pytest.approx(expected, abs=1e-4)
+    worker.save_checkpoint(str(tmp_path))
+    plain = LatentQwen3VL.from_pretrained(headed, dtype=torch.bfloat16).float()
+    assert loss_of(worker, PeftModel.from_pretrained(plain, tmp_path / "lora_adapter")) == pytest.approx(
+        expected, abs=1e-4
+    )
+
+
 @pytest.mark.parametrize("target", ["qkv", "q_prj", "lm_head"])
 def test_adapters_elsewhere_are_refused(make, target):
     with pytest.raises(ConfigError, match=f"worker.actor.model.lora.target_modules: .* found {target}, which is"):

@@ -19,8 +19,6 @@ from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
 from future_l1_plugin.integrations.easyr1.rollout import build_model
 from future_l1_plugin.la_dapo import Tempering, latent_log_prob
 from future_l1_plugin.latent import build_policy
-from future_l1_plugin.model import LatentConfig
-from future_l1_plugin.model.checkpoint import attach_head
 
 pytestmark = pytest.mark.easyr1
 
@@ -115,24 +113,13 @@ def greedy(model, ids, *, stopping_criteria, logits_processor, generation_config
     return ids
 
 
-def test_a_latent_head_is_loaded_and_reaches_the_rollout(base, tmp_path, make_worker, make_config):
-    model = LatentQwen3VL.from_pretrained(base, dtype=torch.float32)
-    latent = LatentConfig.from_hf(model.config)
-    latent.use_projection_head, latent.projection_head_type = True, "lvr"
-    latent.to_hf(model.config)
+def test_a_latent_head_is_loaded_and_reaches_the_rollout(base, headed, tmp_path, make_worker, make_config):
     with pytest.raises(CheckpointError, match="weights are missing"):
         shutil.copytree(base, tmp_path / "headless")
-        model.config.save_pretrained(tmp_path / "headless")
+        shutil.copy(headed / "config.json", tmp_path / "headless")
         LatentQwen3VL.from_pretrained(tmp_path / "headless")
-    torch.manual_seed(1)
-    attach_head(model, latent)
-    model.save_pretrained(tmp_path / "headed")
-    for file in base.glob("*.json"):
-        if not (tmp_path / "headed" / file.name).exists():
-            shutil.copy(file, tmp_path / "headed")
-    shutil.copy(base / "chat_template.jinja", tmp_path / "headed")
-    worker = make_worker(make_config(f"worker.actor.model.model_path={tmp_path / 'headed'}"))
+    worker = make_worker(make_config(f"worker.actor.model.model_path={headed}"))
     worker.rollout_sharding_manager.load_vllm_and_sync_weights()
-    expected = dict(model.projection_head.named_parameters())
+    expected = dict(LatentQwen3VL.from_pretrained(headed, dtype=torch.float32).projection_head.named_parameters())
     for name, weight in worker.rollout.model.projection_head.named_parameters():
         torch.testing.assert_close(weight, expected[name])
