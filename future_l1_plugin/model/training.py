@@ -109,9 +109,14 @@ def _check_has_weights(folder: Path) -> None:
         return
     for actor in (folder, folder / "actor"):  # of verl, whose weights are divided over model_world_size_N_rank_I.pt
         if any(actor.glob("model_world_size_*.pt")) or (actor / "huggingface" / "config.json").exists():
-            ready = actor / "huggingface"
+            ready, adapters = actor / "huggingface", actor / "lora_adapter"
             if _has_weights(ready):
                 raise CheckpointError(f"{folder}: a checkpoint that verl resumes from. Use {ready}")
+            if (actor.parent / "checkpoint_tracker.json").exists():  # EasyR1's, of which we leave a copy there
+                make = f"future-l1 export {adapters} OUT"
+                if not adapters.is_dir():
+                    make = f"python EasyR1/scripts/model_merger.py --local_dir {actor}, and use {ready}"
+                raise CheckpointError(f"{folder}: a checkpoint that EasyR1 resumes from. Run {make}")
             raise CheckpointError(
                 f"{folder}: a checkpoint that verl resumes from, without whole weights, because hf_model is not among "
                 "actor_rollout_ref.actor.checkpoint.save_contents. Add it for the steps to come; or, of a run without "
