@@ -33,6 +33,8 @@ SEAMS = [
     (PPOTrainer._load_checkpoint, "self"),
     (PPOTrainer._save_checkpoint, "self"),
     (PPOTrainer.fit, "self, agent_loop_manager"),
+    (PPOTrainer._log_rollout_data, "self, batch, timing_raw, rollout_data_dir"),
+    (PPOTrainer._dump_generations, "self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path"),
     (agent_loop_tq.AgentLoopManagerTQ.generate_sequences, "self, prompts"),
     (
         PPOTrainer._val_metrics_update,

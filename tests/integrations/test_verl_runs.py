@@ -94,7 +94,8 @@ def comparable(step):
 @pytest.fixture(scope="module")
 def first(out):
     """The run that others are compared with: 4 steps with vMF latents, two updates a step, a checkpoint at 2."""
-    train(out, *LONG, "trainer.project_name=${out}/first")
+    dumps = ["trainer.rollout_data_dir=${out}/first/rollouts", "trainer.validation_data_dir=${out}/first/validation"]
+    train(out, *LONG, "trainer.project_name=${out}/first", *dumps)
     return metrics(out, "first")
 
 
@@ -123,6 +124,17 @@ def test_each_step_reports_what_a_user_looks_for(first):
     assert first[1]["pixels/prompts"] == 2, "the step's own; those of the validation before it are gone"
     assert any(key.startswith("val-core/futurebench/hop1/acc") for key in first[0])
     assert any(key.startswith("val-core/futurebench/hop1/acc") for key in first[2])
+
+
+def test_rollouts_are_written_down_with_their_spans(out, first):
+    for folder, count in (("rollouts", 8), ("validation", 4)):
+        lines = [json.loads(line) for line in (out / "first" / folder / "2.jsonl").read_text().splitlines()]
+        assert len(lines) == count
+        for line in lines:
+            assert line["output"].count("<|latent|>") == line["response_latents"]
+            assert line["output"].count("<|latent_start|>") == line["response_spans"]
+            assert line["response_latents"] < line["response_tokens"] <= 40
+        assert sum(line["response_latents"] for line in lines) > 0
 
 
 def test_the_latents_reference_moves_away_from_zero(first):
@@ -202,7 +214,7 @@ def test_two_ranks_lora_and_packing(out, tmp_path):
     start, _ = load(out / "with_head" / "final", dtype=torch.float32)
     trained, _ = load(out / "two" / "global_step_2" / "actor" / "huggingface", dtype=torch.float32)
     changed = {n for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))}
-    linear = r"projection_head\.mlp\..*weight|.*language_model\.layers\..*_proj\.weight"
+    linear = r"projection_head\.mlp\..*weight|.*language_model\.layers\..*_proj\.weight|.*\.embed_tokens\.weight"
     assert changed == {n for n, _ in trained.named_parameters() if re.fullmatch(linear, n)}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from future_l1_plugin.integrations.rl.samples import make_sample
+from future_l1_plugin.integrations.verl.dumps import facts, is_wanted
 from future_l1_plugin.integrations.verl.settings import reward_set
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards.judge import JudgeUnavailable
@@ -31,11 +32,13 @@ class LatentRewardManager(RewardManagerBase):
         self.tokens = LatentTokens.from_tokenizer(tokenizer)
         self.rewards = reward_set(config)
         self.max_response_length = config.data.max_response_length
+        self.with_text = is_wanted(config)
 
     async def run_single(self, data: Any) -> dict[str, Any]:
         """The weighted sum of the sample's own terms, and each of them.
 
-        A judge that cannot be reached (`on_failure: drop_group`) leaves the reason in `reward_extra_info`.
+        Beside them: what a dump of rollouts says (`dumps`). A judge that cannot be reached (`on_failure: drop_group`)
+        leaves the reason in `reward_extra_info`.
         """
         item = data[-1:][0]
         length = int(item.non_tensor_batch["response_len"])
@@ -48,13 +51,14 @@ class LatentRewardManager(RewardManagerBase):
             str(item.non_tensor_batch["extra_info"]["id"]),
             self.max_response_length,
         )
+        said = facts(sample, self.tokens, self.with_text)
         try:
             scores = await self.rewards.score_sample(sample)
         except JudgeUnavailable as error:
-            return {"reward_score": 0.0, "reward_extra_info": {"acc": 0.0, DROPPED: str(error)}}
+            return {"reward_score": 0.0, "reward_extra_info": {**said, "acc": 0.0, DROPPED: str(error)}}
         return {
             "reward_score": math.fsum(self.rewards.weights[name] * value for name, value in scores.items()),
-            "reward_extra_info": {"acc": float(scores[ACCURACY] >= CORRECT_FROM), **scores},
+            "reward_extra_info": {**said, "acc": float(scores[ACCURACY] >= CORRECT_FROM), **scores},
         }
 
 

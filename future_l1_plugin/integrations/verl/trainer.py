@@ -27,6 +27,7 @@ from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.checkpoints import Checkpoints, kept, nothing_removed
 from future_l1_plugin.integrations.verl.correction import WEIGHTS, weights_of
 from future_l1_plugin.integrations.verl.dataset import even_out
+from future_l1_plugin.integrations.verl.dumps import LENGTHS, TEXT, is_told, with_markers
 from future_l1_plugin.integrations.verl.engine import ANGLE, LATENT, RETURN_ANGLE, RETURN_MU, latent_settings
 from future_l1_plugin.integrations.verl.failures import NotFinite
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
@@ -65,6 +66,7 @@ class LaDapoTrainer(PPOTrainerSync):
         super().__init__(config)
         self._submitted = (0, 0)  # step, prompts of it
         self._logged = b""
+        self._said: dict[str, dict[str, Any]] = {}  # of the rollouts that are written down
 
     @property
     def trainer_mode(self) -> str:
@@ -166,11 +168,29 @@ class LaDapoTrainer(PPOTrainerSync):
         verl counts a question that failed as wrong in `acc`, and leaves it out of `acc_success_only`.
         """
         metrics = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
+        metrics = {name: value for name, value in metrics.items() if is_told(name)}
         answered = set(zip(data_sources, sample_uids, strict=True))
         asked = set(kwargs.get("expected_acc_counts") or answered)
         questions = Counter(source for source, _ in asked)
         metrics |= {f"val-aux/{source}/questions": count for source, count in questions.items()}
         return metrics | {"val-aux/failed": len(asked) - len(answered)}
+
+    def _log_rollout_data(self, batch: Any, timing_raw: dict[str, Any], rollout_data_dir: str) -> None:
+        """verl's, with the text and the lengths that the reward workers left beside each rollout's scores."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        infos = [getattr(extra, "data", extra)["reward_extra_info"] for extra in list(data["extra_fields"])]
+        self._said = dict(zip(batch.keys, infos, strict=True))
+        super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
+        self._said = {}
+
+    def _dump_generations(
+        self, inputs: Any, outputs: Any, gts: Any, scores: Any, reward_extra_infos_dict: dict[str, Any], dump_path: Any
+    ) -> None:
+        columns = dict(reward_extra_infos_dict)  # of a validation with all that the reward workers said
+        if self._said:
+            columns |= {name: [self._said[key].get(name) for key in columns["uid"]] for name in (TEXT, *LENGTHS)}
+        outputs, columns = with_markers(outputs, columns)
+        super()._dump_generations(inputs, outputs, gts, scores, columns, dump_path)
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Names prompts by step and order, so that groups have the same names and order in every run."""
