@@ -20,6 +20,7 @@ from future_l1_plugin.journal import to_disk
 from future_l1_plugin.latent.channel import HEAD_NAME, latent_head
 from future_l1_plugin.latent.heads import build_head
 from future_l1_plugin.latent.tokens import TOKENS, LatentTokens
+from future_l1_plugin.model.card import write_card
 from future_l1_plugin.model.config import LatentConfig, check_tokenizer
 from future_l1_plugin.model.template import SYSTEM_PROMPT, chat_template
 from future_l1_plugin.model.token_rows import part_rows
@@ -336,6 +337,7 @@ def save(
             section["dtype"] = str(dtype).removeprefix("torch.")
         (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     processor.save_pretrained(part)
+    write_card(part, model.config)
     if adapter is not None:
         adapter.rename(part / ADAPTER)
     if out.exists() and not any(out.iterdir()):

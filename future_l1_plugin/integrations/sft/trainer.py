@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from future_l1_plugin.integrations.sft.evaluation import SpanProbe, same_random_numbers
 from future_l1_plugin.integrations.sft.failures import FailedRecords
 from future_l1_plugin.integrations.sft.finite import FiniteWatch
+from future_l1_plugin.model.card import write_card
 from future_l1_plugin.model.checkpoint import save
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents, sft_losses
@@ -120,6 +121,7 @@ class LatentLosses:
         processor.tokenizer.padding_side = "left"
         processor.save_pretrained(output_dir or self.args.output_dir)
         self.model.config.save_pretrained(output_dir or self.args.output_dir)
+        write_card(output_dir or self.args.output_dir, self.model.config)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Asked for at each step, before the optimiser makes it; DeepSpeed's engine has made it already."""
