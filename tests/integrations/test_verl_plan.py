@@ -129,7 +129,7 @@ def test_entropies_without_a_compiler():
 
 def test_a_bonus_on_entropy_keeps_them_for_the_update():
     def logits(**changes):
-        update = phases(MODEL, replace(SETUP, entropy_trained=True, **changes))["update"]
+        update = phases(MODEL, replace(SETUP, **{"entropy_trained": True} | changes))["update"]
         return sizes(update)["logits"] / (SETUP.tokens * 50)
 
     assert logits(entropy_trained=False) == 4
@@ -316,6 +316,9 @@ def test_the_micro_recipe_reads_its_data(tiny_path, world, tmp_path):
         "la_dapo_micro",
     )
     assert any("fewer than data.train_batch_size=8" in problem for problem in few.problems)
+    (tmp_path / "free.json").write_text(json.dumps([{"question": "What happens?", "answer": "It falls down"}]))
+    free = plan([*given, f"data.val_files=[{tmp_path}/free.json]"], "la_dapo_micro").problems
+    assert len(free) == 1 and "validation data: 1 of 1 prompts have a free-text answer" in free[0]
 
 
 def test_verl_s_own_entry_names_the_dry_run():
