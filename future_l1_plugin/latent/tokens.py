@@ -49,6 +49,11 @@ class LatentTokens:
             )
         return cls(*(int(getattr(config, key)) for key in CONFIG_KEYS))
 
+    @property
+    def ids(self) -> tuple[int, int, int]:
+        """In the order of `TOKENS`."""
+        return self.latent, self.start, self.end
+
 
 def latent_mask(response_ids: Tensor, tokens: LatentTokens) -> Tensor:
     """True at `<|latent|>` ids.

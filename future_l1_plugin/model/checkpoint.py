@@ -329,9 +329,11 @@ def save(
     if dtype is None or dtype == model.dtype:
         model.save_pretrained(part)
     else:
-        tied = getattr(model, "all_tied_weights_keys", {})  # the copies of a tied weight would both be written
-        state = {name: value for name, value in model.state_dict().items() if name not in tied}
-        model.save_pretrained(part, state_dict={name: _stored(value, dtype) for name, value in state.items()})
+        state = model.state_dict()
+        tied = getattr(model, "all_tied_weights_keys", {})  # name -> source; of a tied weight one copy is written
+        tied = {name for name, source in tied.items() if state[name].data_ptr() == state[source].data_ptr()}
+        state = {name: _stored(value, dtype) for name, value in state.items() if name not in tied}
+        model.save_pretrained(part, state_dict=state)
         config = json.loads((part / "config.json").read_text())
         for section in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
             section["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """The embedding rows of the three latent tokens: apart from each other at the start, and trained under LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,19 @@ def trainable_rows(config: Any, without: Sequence[str] = ()) -> dict[str, list[i
     """
     tokens = LatentTokens.from_config(config)
     names = (INPUT,) if config.tie_word_embeddings else (INPUT, OUTPUT)
-    rows = {name: [tokens.latent, tokens.start, tokens.end] for name in names if name not in without}
+    rows = {name: list(tokens.ids) for name in names if name not in without}
     return rows or None
+
+
+def parted_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict of PEFT's under the names of the model itself, and the rows trained, under the names of what they
+    are rows of. Names of LoRA's layers stay."""
+    whole, rows = {}, {}
+    for name, value in state.items():
+        module, inner, rest = name.partition(".token_adapter.")
+        is_row = rest.startswith("trainable_tokens_delta.")
+        (rows if is_row else whole)[f"{module}.weight" if inner else name] = value
+    return whole, rows
 
 
 def part_rows(model: nn.Module, tokens: LatentTokens, used: int, seed: int) -> list[str]:
@@ -49,7 +60,7 @@ def part_rows(model: nn.Module, tokens: LatentTokens, used: int, seed: int) -> l
     weights = {INPUT: model.get_input_embeddings().weight}
     if not is_tied(model):
         weights[OUTPUT] = model.get_output_embeddings().weight
-    ids = torch.tensor([tokens.latent, tokens.start, tokens.end])
+    ids = torch.tensor(tokens.ids)
     others = torch.ones(used, dtype=torch.bool)
     others[ids] = False
     changed = []

@@ -247,21 +247,23 @@ def test_lora_trains_lora_only_and_is_merged(tiny_path, world, tmp_path, monkeyp
     trained = {}
     original = host_module.with_lora
 
-    def with_lora(model, lora):
-        wrapped = original(model, lora)
+    def with_lora(model, *how):
+        wrapped = original(model, *how)
         trained.update({name: p.requires_grad for name, p in wrapped.named_parameters()})
         return wrapped
 
     monkeypatch.setattr(host_module, "with_lora", with_lora)
     output = train(tmp_path / "run.yaml", tiny_path, world, "train.lora.rank=4", "train.max_steps=3")
-    assert {name for name, learns in trained.items() if learns} == {name for name in trained if "lora_" in name}
-    assert sum("lora_" in name for name in trained) == 2 * 7 * 4  # A and B of seven projections in four layers
+    learning = {name for name, learns in trained.items() if learns}
+    assert learning == {name for name in trained if "lora_" in name or "trainable_tokens_delta" in name}
+    assert len(learning) == 2 * 7 * 4 + 1  # A and B of seven projections in four layers; the rows of three tokens
     before, after = weights(tiny_path), weights(output / "final")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert len(changed) == 7 * 4
-    assert all(".language_model.layers." in name and "_proj" in name for name in changed)
-    load(output / "final")
+    assert len(changed) == 7 * 4 + 1
+    (embedding,) = (name for name in changed if "_proj" not in name)
+    ids = LatentConfig.from_hf(load(output / "final")[0].config).tokens.ids
+    assert (before[embedding] != after[embedding]).any(1).nonzero()[:, 0].tolist() == list(ids)
 
 
 def test_a_lora_run_resumes(tiny_path, world, tmp_path):

@@ -423,7 +423,7 @@ def test_lora_in_the_stand_in(stand_in, tiny_path, world, tmp_path):
     assert main([str(tied), *keys]) == 2  # lm_head and embed_tokens are one weight in the tiny model
     excluded = {"path": str(stand_in), "arguments": {"lora_namespan_exclude": WITHOUT_TIED}}
     output = train(tmp_path / "run.yaml", tiny_path, world, stand_in, *keys, qwen_vl_finetune=excluded)
-    assert len(changed(tiny_path, output / "final")) == 7 * 4
+    assert len(changed(tiny_path, output / "final")) == 7 * 4 + 1  # and the rows of the latent tokens
     load(output / "final")
 
 
@@ -502,8 +502,8 @@ def test_its_lora(project, world, tmp_path):
     output = train(tmp_path / "run.yaml", model, world, project, *keys, qwen_vl_finetune=lora)
     names = changed(model, output / "final")
     head = {name for name in names if name.startswith("projection_head.")}
-    assert len(head) == 6 and len(names - head) == 7 * 4
-    assert all(".language_model.layers." in name and "_proj" in name for name in names - head)
+    assert len(head) == 6 and len(names - head) == 7 * 4 + 1  # and the rows of the latent tokens
+    assert sum(".language_model.layers." in name and "_proj" in name for name in names - head) == 7 * 4
     load(output / "final")
     kept = sorted(folder.name for folder in (output / "checkpoints").iterdir())
     assert kept == ["checkpoint-3", "checkpoint-4"]

@@ -326,6 +326,7 @@ def test_the_counts_are_those_of_the_model(recipe, dry, tiny_path, world):
     every = sum(p.numel() for p in model.parameters())
     assert f"parameters: {every - vision:,} trained, {vision:,} frozen" in dry(recipe())
     lora = 4 * sum(module.in_features + module.out_features for module in projections(model))
+    lora += 3 * model.config.text_config.hidden_size  # the rows of the latent tokens
     assert f"parameters: {lora:,} trained, {every:,} frozen" in dry(recipe(), "train.lora.rank=4")
 
 

@@ -49,6 +49,8 @@ class Sizes:
     queries: int  # attention heads x their width
     keys: int  # key heads x their width
     vocabulary: int
+    tied: bool = False  # lm_head is the input embedding
+    rows: bool = False  # of the embeddings, only the rows of the latent tokens are trained, as under LoRA
 
 
 def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None) -> list[Part]:
@@ -69,7 +71,7 @@ def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None)
             parts.append(Part("autocast", 2 * t, "2 x trained: bf16 copies, kept until a pass ends"))
         if gpus > 1:
             parts.append(Part("gradient buckets", 4 * t, "4 x trained: DistributedDataParallel's"))
-        return parts
+        return parts + _rows(sizes, 6 if bf16 else 4)
     b = 2 if bf16 else 4
     stage, n = sharding.stage, gpus
     weights = 0 if sharding.offload_weights else b * every / (n if stage == 3 else 1)
@@ -87,14 +89,25 @@ def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None)
     ]
     if stage == 3:
         parts.append(Part("gathered", 2 * b * sizes.largest, f"{2 * b} x the largest module ({sizes.largest:,})"))
-    return parts
+    return parts + _rows(sizes, b)
+
+
+def _rows(sizes: Sizes, b: int) -> list[Part]:
+    """PEFT puts trained rows into a copy of their matrix at each pass. lm_head's lives until the pass ends."""
+    if not sizes.rows:
+        return []
+    whole = sizes.vocabulary * sizes.hidden
+    return [Part("rows trained", 2 * b * whole, f"{2 * b} x lm_head ({whole:,}): a copy that holds them, its gradient")]
 
 
 def with_lora(sizes: Sizes, rank: int) -> Sizes:
-    """The sizes of the model with LoRA of that rank on the text decoder's seven linear layers; the rest is frozen."""
+    """The sizes of the model with LoRA of that rank on the text decoder's seven linear layers; of the rest only the
+    rows of the latent tokens are trained."""
     h, i = sizes.hidden, sizes.inner
     a_layer = 2 * (h + sizes.queries) + 2 * (h + sizes.keys) + 3 * (h + i)  # q, o; k, v; gate, up, down
-    return replace(sizes, trained=rank * a_layer * sizes.layers, frozen=sizes.trained + sizes.frozen)
+    rows = 3 * h * (1 if sizes.tied else 2)  # of the latent tokens
+    trained = rank * a_layer * sizes.layers + rows
+    return replace(sizes, trained=trained, frozen=sizes.trained + sizes.frozen, rows=True)
 
 
 def a_checkpoint(sizes: Sizes, bf16: bool, sharding: Sharding | None) -> float:

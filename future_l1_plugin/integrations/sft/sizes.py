@@ -49,6 +49,8 @@ def model_sizes(recipe: SftRecipe, host: Host, arguments: "TrainingArguments | N
         queries=text.num_attention_heads * text.head_dim,
         keys=text.num_key_value_heads * text.head_dim,
         vocabulary=text.vocab_size,
+        tied=config.tie_word_embeddings,
+        rows=any("trainable_tokens_delta" in name for name, _ in model.named_parameters()),
     )
 
 
