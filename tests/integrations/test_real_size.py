@@ -114,7 +114,9 @@ def test_counts_of_the_dry_run(tmp_path):
     lora = recipe(path, "actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true")
     adapted = counts_of(lora, hf_config(lora))
     # of q, k, v, o and of gate, up, down: rank x (in + out)
-    assert adapted.trained == 36 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
+    rows = 2 * 3 * 4096  # of the latent tokens, in the embedding and in lm_head
+    assert adapted.trained == 36 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288)) + rows
+    assert adapted.outside_units == counts.outside_units + 2 * 151936 * 4096 + 2304 * 1152 + rows
     assert adapted.total == counts.total + adapted.trained
 
 

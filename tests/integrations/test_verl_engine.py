@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -358,6 +359,23 @@ def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed, correc
         torch.testing.assert_close(got, theirs, atol=2e-6, rtol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_entropy_is_of_the_words_that_were_chosen(rollouts):
+    """None of a latent, and none where a span was ended: what was chosen there was not one id among all."""
+    path, model, found = rollouts["own_budget"]
+    config, found = model.config, deepcopy(found[:2])
+    response = found[0][1].responses[0]
+    words = (response != config.latent_id) & (response != config.latent_end_id)
+    response[words.nonzero()[-1]] = config.latent_end_id  # as if the model had ended a span by itself
+    batch = as_batch(path, model, found)
+    tu.assign_non_tensor(batch, use_remove_padding=False)
+    engine = make_engine(path)
+    with engine.eval_mode():
+        entropies = rows(engine.infer_batch(batch)["model_output"]["entropy"])
+    for (inputs, out), row in zip(found, entropies, strict=True):
+        words = (out.responses[0] != config.latent_id) & (out.responses[0] != config.latent_end_id)
+        assert ((row[inputs["input_ids"].shape[1] - 1 : -1] > 0) == words).all() and words.any() and not words.all()
+
+
 def peak_memory(run):
     """Bytes allocated by torch at the worst moment of a call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -493,3 +511,66 @@ def test_positions_of_samples_of_one_length(arrives):
     batch = with_ragged_positions(TensorDict({"input_ids": ids, "position_ids": positions}, batch_size=3))
     chosen = tu.index_select_tensor_dict(batch, [2, 0])["position_ids"].unbind()
     assert [row.tolist() for row in chosen] == [each[2].tolist(), each[0].tolist()]
+
+
+def untied(path, out):
+    """A copy whose lm_head is a weight of its own."""
+    model, processor = load(path)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(1).clone())
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    save(model, processor, out, dtype=torch.bfloat16)
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_trains_the_rows_of_the_latent_tokens(rollouts, tmp_path, tied):
+    """And they are in what the rollout gets and in what other tools read, which is in the start checkpoint's dtype."""
+    path = rollouts["own_budget"][0] if tied else untied(rollouts["own_budget"][0], tmp_path / "untied")
+    with stock_forward():
+        model, found = rollouts["own_budget"][1:] if tied else roll_out(path)
+    adapters = {"lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora": {"merge": True}}
+    engine = make_engine(path, model=adapters)
+    deltas = {name: p for name, p in engine.module.named_parameters() if "trainable_tokens_delta" in name}
+    assert len(deltas) == (1 if tied else 2) and all(p.shape == (3, 128) for p in deltas.values())
+    batch = trainable(as_batch(path, model, found), found, model)
+    tu.assign_non_tensor(batch, use_remove_padding=False)
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        engine.forward_backward_batch(batch, loss_function(LaDapoLoss(), model.config.latent_id))
+        assert all(p.grad.full_tensor().abs().sum(1).min() > 0 for p in deltas.values())
+        engine.optimizer_step()
+    with engine.eval_mode():
+        after = engine.infer_batch(as_batch_for(path, model, found))["model_output"]["log_probs"].values()
+    sent = {name: value.clone() for name, value in engine.get_per_tensor_param()[0]}
+    assert sent.keys() == model.state_dict().keys()
+    fresh = make_engine(path)  # without LoRA, given what the rollout is given
+    assert not fresh.module.load_state_dict(as_dtensors(fresh.module, sent)).missing_keys
+    with fresh.eval_mode():
+        again = fresh.infer_batch(as_batch_for(path, model, found))["model_output"]["log_probs"].values()
+    torch.testing.assert_close(again, after, atol=1e-5, rtol=1e-5)
+    start, ids = model.state_dict(), list(engine.latent.tokens.ids)
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        assert (sent[name] != start[name]).any(1).nonzero()[:, 0].tolist() == ids
+    engine.checkpoint_manager.checkpoint_save_contents.append("hf_model")
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    written = load(tmp_path / "actor" / "huggingface")[0]
+    assert written.dtype == (torch.float32 if tied else torch.bfloat16)
+    for name, value in sent.items():
+        assert torch.equal(written.state_dict()[name], value.to(written.dtype)), name
+
+
+def as_batch_for(path, model, found):
+    batch = as_batch(path, model, found)
+    tu.assign_non_tensor(batch, use_remove_padding=False)
+    return batch
+
+
+def as_dtensors(module, weights):
+    from torch.distributed.tensor import distribute_tensor
+
+    return {
+        name: distribute_tensor(weights[name], value.device_mesh, value.placements)
+        if isinstance(value, DTensor)
+        else weights[name]
+        for name, value in module.state_dict().items()
+    }

@@ -6,6 +6,7 @@ way for that of what was chosen: the latent itself and, where the span's budget 
 """
 
 import json
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,18 @@ from future_l1_plugin.integrations.verl.batch import (
     rows,
     trained_latents,
 )
+from future_l1_plugin.integrations.verl.lora import add_rows, embeddings_in_the_outermost_unit
 from future_l1_plugin.integrations.verl.pixels import restored
 from future_l1_plugin.integrations.verl.plugin import ENGINE
 from future_l1_plugin.integrations.verl.vision import as_images
 from future_l1_plugin.la_dapo import Tempering, angle_between, continue_log_prob_at, latent_log_prob
 from future_l1_plugin.latent import LatentChannel, build_policy
 from future_l1_plugin.latent.policy_base import Policy
+from future_l1_plugin.model.card import write_card
 from future_l1_plugin.model.checkpoint import attach_head, load_head
 from future_l1_plugin.model.config import LatentConfig
+from future_l1_plugin.model.token_rows import parted_state
+from future_l1_plugin.model.training import stored_dtype
 
 #: Keys of a batch. LATENT: the latent settings as JSON, put there by the trainer. RETURN_MU: whether an inference pass
 #: returns mu. MU: mu at the latent positions, (k_i, H) a row. FIRST: no update since the last inference pass.
@@ -74,6 +79,11 @@ class LatentEngine(FSDPEngineWithLMHead):
                 "ulysses_sequence_parallel_size: latents need 1 (a latent and the hidden state before it would sit on "
                 f"two ranks), found {engine_config.ulysses_sequence_parallel_size}"
             )
+        if model_config.lora_rank and checkpoint_config.get("save_lora_only", False):
+            raise ConfigError(
+                "checkpoint.save_lora_only: the trained rows of the latent tokens would not be saved: verl knows "
+                "adapters by `lora_` in their names. Set it to false"
+            )
         super().__init__(
             model_config=model_config,
             engine_config=engine_config,
@@ -81,6 +91,7 @@ class LatentEngine(FSDPEngineWithLMHead):
             checkpoint_config=checkpoint_config,
         )
         self.latent = LatentConfig.from_hf(model_config.hf_config)
+        self._stored = stored_dtype(model_config.hf_config)  # of the checkpoint that the run starts from
         self._channel: LatentChannel | None = None  # found in the module once, entered for each micro-batch
         self._fed: tuple[list[Tensor], Tensor] | None = None  # latents of each row; Bool (n,) where they stand
         self._updates = 0  # since the last inference pass
@@ -102,16 +113,22 @@ class LatentEngine(FSDPEngineWithLMHead):
             load_head(module, self.model_config.local_path)
         return module
 
+    def _build_lora_module(self, module):
+        module = super()._build_lora_module(module)
+        add_rows(module)
+        return module
+
     def _build_fsdp_module(self, module):
-        if get_device_name() != "cpu":
-            return super()._build_fsdp_module(module)
-        # A forward-only engine (the reference) is offloaded into pinned memory, which needs an accelerator.
-        forward_only = self.engine_config.forward_only
-        object.__setattr__(self.engine_config, "forward_only", False)
-        try:
-            return super()._build_fsdp_module(module)
-        finally:
-            object.__setattr__(self.engine_config, "forward_only", forward_only)
+        with embeddings_in_the_outermost_unit(module.config) if self._is_lora else nullcontext():
+            if get_device_name() != "cpu":
+                return super()._build_fsdp_module(module)
+            # A forward-only engine (the reference) is offloaded into pinned memory, which needs an accelerator.
+            forward_only = self.engine_config.forward_only
+            object.__setattr__(self.engine_config, "forward_only", False)
+            try:
+                return super()._build_fsdp_module(module)
+            finally:
+                object.__setattr__(self.engine_config, "forward_only", forward_only)
 
     def get_per_tensor_param(self, **kwargs: Any):
         """verl's, with each weight in `sync_dtype` before it is gathered: fewer bytes, the same values in the rollout.
@@ -120,9 +137,11 @@ class LatentEngine(FSDPEngineWithLMHead):
         """
         if self.sync_dtype is None or self._is_lora or self._qat_enabled:
             return super().get_per_tensor_param(**kwargs)
-        params = convert_weight_keys(self.module.state_dict(), self.module)
-        whole = ((name, _whole(value, self.sync_dtype)) for name, value in params.items())
-        return unfuse_moe_params(whole, self.model_config.hf_config.model_type), None
+        return unfuse_moe_params(self._gathered(self.sync_dtype), self.model_config.hf_config.model_type), None
+
+    def _gathered(self, dtype: torch.dtype | None):
+        for name, value in self._hf_names(self.module.state_dict()).items():
+            yield name, _whole(value, dtype)
 
     def _merged_lora_per_tensor_param(self):
         """verl's, not always in bfloat16, in which a float32 rollout would differ from the actor by 1e-2 nats."""
@@ -136,32 +155,51 @@ class LatentEngine(FSDPEngineWithLMHead):
                 for module in self.module.modules():
                     if isinstance(module, LoraLayer) and not module.merged:
                         module.merge()
-            params = convert_weight_keys(normalize_peft_param_name(self.module.state_dict()), self.module)
+            state, rows = parted_state(self.module.state_dict())
+            params, rows = (self._hf_names(normalize_peft_param_name(part)) for part in (state, rows))
+            ids = torch.tensor(self.latent.tokens.ids, device=get_device_id())
             for name, value in params.items():
                 whole = _whole(value, dtype)
-                # The context takes the adapters out again: what is yielded must be a copy.
-                yield name, whole.detach().clone() if whole is value else whole
+                if name in rows:
+                    whole = whole.index_copy(0, ids, _whole(rows[name], dtype))
+                # The context takes the adapters out again: what is yielded must be a copy, which the whole of a single
+                # rank's part is not.
+                part = value.to_local() if isinstance(value, DTensor) else value
+                yield name, whole.detach().clone() if whole.data_ptr() == part.data_ptr() else whole
+
+    def _hf_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return convert_weight_keys(state, self.module)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        super().save_checkpoint(local_path, *args, **kwargs)
-        if self._is_lora and self.checkpoint_manager.should_save_hf_model:
-            self._save_merged(Path(local_path) / "huggingface")
+        manager = self.checkpoint_manager
+        contents = manager.checkpoint_save_contents
+        manager.checkpoint_save_contents = [part for part in contents if part != "hf_model"]
+        try:
+            super().save_checkpoint(local_path, *args, **kwargs)
+        finally:
+            manager.checkpoint_save_contents = contents
+        if manager.should_save_hf_model:
+            self._save_hf(Path(local_path) / "huggingface")
 
-    def _save_merged(self, folder: Path) -> None:
-        """What verl writes there under LoRA has PEFT's names and loads nowhere: write the merged weights instead."""
+    def _save_hf(self, folder: Path) -> None:
+        """The model for other tools, in the dtype of the checkpoint that the run started from, adapters merged.
+
+        verl would write float32 under a configuration that says bfloat16, and under LoRA weights with PEFT's names.
+        """
         first = torch.distributed.get_rank() == 0
+        whole = self._merged(self._stored) if self._is_lora else self._gathered(self._stored)
         weights = {}
-        for name, weight in self._merged(None):  # gathers: all ranks take part
+        for name, weight in whole:  # gathers: all ranks take part
             if first:
                 weights[name] = weight.cpu()
         if first:
-            for stale in folder.glob("*.safetensors*"):
-                stale.unlink()
+            base = self.module.get_base_model() if self._is_lora else self.module
             with torch.device("meta"):
-                model = type(self.module.get_base_model())(self.module.config)
-            model.generation_config = self.module.get_base_model().generation_config
+                model = type(base)(base.config).to(next(iter(weights.values())).dtype)
+            model.generation_config = base.generation_config
             drop_tied_target_keys(weights, model, model.config)
             model.save_pretrained(folder, state_dict=weights)
+            write_card(folder, base.config)
         torch.distributed.barrier()
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False):

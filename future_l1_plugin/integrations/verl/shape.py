@@ -1,6 +1,7 @@
 """What a configuration of verl means for `memory`: counts of its model, sizes of its passes, and ways out."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -57,6 +58,7 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
     from transformers import Qwen3VLForConditionalGeneration
     from verl.utils.fsdp_utils import _select_fsdp2_wrap_targets
 
+    from future_l1_plugin.integrations.verl.lora import embeddings_in_the_outermost_unit
     from future_l1_plugin.model.checkpoint import attach_head
     from future_l1_plugin.model.config import LatentConfig
 
@@ -70,7 +72,9 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
     if given.get("lora_rank", 0):
         module = _adapted(module, given, frozen)
     names = getattr(module, "_no_split_modules", None)
-    units = [sum(p.numel() for p in unit.parameters()) for unit in _select_fsdp2_wrap_targets(module, list(names))]
+    how = embeddings_in_the_outermost_unit(module.config) if given.get("lora_rank", 0) else nullcontext()
+    with how:
+        units = [sum(p.numel() for p in unit.parameters()) for unit in _select_fsdp2_wrap_targets(module, list(names))]
     total = sum(p.numel() for p in module.parameters())
     text, vision = model.text_config, model.vision_config
     return ModelCounts(
@@ -98,13 +102,17 @@ def _adapted(module: Any, given: DictConfig, frozen: bool) -> Any:
     from omegaconf import OmegaConf
     from peft import LoraConfig, get_peft_model
 
+    from future_l1_plugin.integrations.verl.lora import add_rows
+
     targets, left_out = given.target_modules, given.exclude_modules
     if frozen:
         left_out = r".*\bvisual\b.*" + (f"|{left_out}" if left_out else "")
     if OmegaConf.is_config(targets):
         targets = OmegaConf.to_container(targets)
     lora = LoraConfig(r=given.lora_rank, target_modules=targets, exclude_modules=left_out, bias="none")
-    return get_peft_model(module, lora, low_cpu_mem_usage=True)
+    adapted = get_peft_model(module, lora, low_cpu_mem_usage=True)
+    add_rows(adapted)
+    return adapted
 
 
 def make_setup(config: DictConfig, gpu_bytes: int) -> Setup:
