@@ -362,7 +362,7 @@ def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed, correc
 def test_entropy_is_of_the_words_that_were_chosen(rollouts):
     """None of a latent, and none where a span was ended: what was chosen there was not one id among all."""
     path, model, found = rollouts["own_budget"]
-    config, found = model.config, deepcopy(found[:2])
+    config, found = model.config, deepcopy(found)
     response = found[0][1].responses[0]
     words = (response != config.latent_id) & (response != config.latent_end_id)
     response[words.nonzero()[-1]] = config.latent_end_id  # as if the model had ended a span by itself
@@ -371,9 +371,10 @@ def test_entropy_is_of_the_words_that_were_chosen(rollouts):
     engine = make_engine(path)
     with engine.eval_mode():
         entropies = rows(engine.infer_batch(batch)["model_output"]["entropy"])
+    assert sum(len(out.latents[0]) for _, out in found) > 10
     for (inputs, out), row in zip(found, entropies, strict=True):
         words = (out.responses[0] != config.latent_id) & (out.responses[0] != config.latent_end_id)
-        assert ((row[inputs["input_ids"].shape[1] - 1 : -1] > 0) == words).all() and words.any() and not words.all()
+        assert ((row[inputs["input_ids"].shape[1] - 1 : -1] > 0) == words).all()
 
 
 def peak_memory(run):
