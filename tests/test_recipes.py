@@ -101,6 +101,7 @@ def test_sft_micro_trains_as_the_readme_says():
         "weight": 0.1,
         "max_latent_token": 4,
         "train_fixed_latent_budget": None,
+        "train_going_on": True,  # without effect: the README's convert fixes the budget
         "own_share": 1.0,
         "own_passes": 3,
         "own_mean_cosine": None,

@@ -42,12 +42,12 @@ def files(world, tmp_path_factory):
     return folder / "train.json", folder / "held.json"
 
 
-def write_recipe(path: Path, model: Path, world, train: Path, **sections) -> Path:
+def write_recipe(path: Path, model: Path, world, records: Path, **sections) -> Path:
     recipe = {
         "model": str(model),
         "output": str(path.parent / path.stem),
         "data": {
-            "records": str(train),
+            "records": str(records),
             "videos": str(world.videos),
             "question_media": "video",
             "max_length": 512,
