@@ -120,7 +120,7 @@ def test_it_is_trained_and_resumed(released, world, tmp_path):
         "model": str(released),
         "output": str(tmp_path / "run"),
         "data": {"records": str(world.sft), "videos": str(world.videos), "question_media": "video", "workers": 0},
-        "train": {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0},
+        "train": {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0},
         "eval": {"prompts": 0},
         "log": {"every": 1, "save_every": 1, "tensorboard": False},
     }
@@ -137,7 +137,7 @@ def test_it_is_trained_and_resumed(released, world, tmp_path):
     assert all(torch.allclose(whole[name], again[name], rtol=0, atol=1e-5) for name in whole)
     before = load_file(released / "model.safetensors")
     assert before.keys() == again.keys()
-    moved = [name for name in before if ".visual." not in name and not torch.equal(before[name].float(), again[name])]
+    moved = [name for name in before if ".visual." not in name and not torch.equal(before[name], again[name])]
     assert len(moved) == len([name for name in before if ".visual." not in name])
     config = json.loads((final / "config.json").read_text())
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
