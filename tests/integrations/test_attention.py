@@ -18,7 +18,11 @@ from future_l1_plugin.paths import recipes_dir
 SDPA = "++actor_rollout_ref.model.override_config.attn_implementation=sdpa"
 
 
+GIVEN = ["actor_rollout_ref.model.path=x", "data.train_files=[a.json]", "data.val_files=[b.json]"]
+
+
 def recipe(name, *overrides):
+    overrides = [*(GIVEN if name == "la_dapo" else []), *overrides]
     with initialize_config_dir(str(recipes_dir()), version_base=None):
         return compose(name, overrides=["hydra.searchpath=[pkg://verl.trainer.config]", *overrides])
 
@@ -27,7 +31,7 @@ def test_a_missing_flash_attn_is_told_before_anything_starts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(compat, "installed", lambda name: None if name == "flash-attn" else (name, "0.31.0"))
     with pytest.raises(EnvironmentMismatch, match="flash_attention_2 needs flash-attn, which is not installed") as told:
-        LaDapoTrainer(recipe("la_dapo", "actor_rollout_ref.model.path=x"))
+        LaDapoTrainer(recipe("la_dapo"))
     assert not ray.is_initialized()
     assert f"Either set {SDPA}: same results, at the price of a mask of tokens x tokens (0.75 GiB" in str(told.value)
     assert "--no-build-isolation" in str(told.value)
