@@ -110,6 +110,7 @@ def test_sft_micro_trains_as_the_readme_says():
         "epochs": 1.0,
         "max_steps": 500,
         "batch_size": 32,
+        "packing": False,
         "micro_batch_size": 32,
         "learning_rate": 1e-3,
         "schedule": "cosine",

@@ -322,7 +322,7 @@ def test_its_other_flags_are_arguments(parsed):
         ("vision_lora: true", "vision_lora: needs train.lora.rank above 0"),
         ("lora_namespan_exclude: lm_head", "expected a list as one string"),
         ("load_best_model_at_end: true", "the recipe's eval.patience decides it"),
-        ("optim: nonsense", "transformers refuses these settings"),
+        ("torch_empty_cache_steps: 0", "transformers refuses these settings"),
     ],
 )
 def test_bad_flags(parsed, arguments, expected):
