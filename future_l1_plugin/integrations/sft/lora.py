@@ -1,7 +1,7 @@
 """LoRA for an SFT run: PEFT's adapters, and with them the three rows of the latent tokens (`model.token_rows`)."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from future_l1_plugin.latent.channel import HEAD_NAME
@@ -43,13 +43,12 @@ def _whole(model: "nn.Module", arguments: "TrainingArguments | None") -> Iterato
     if not divided() or model.device.type == "meta":
         yield
         return
+    from torch import nn
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     copied = [model.get_input_embeddings(), model.get_output_embeddings()]
     copied += [getattr(model, HEAD_NAME)] if hasattr(model, HEAD_NAME) else []
-    with ExitStack() as stack:
-        for module in copied:
-            stack.enter_context(gathered(module))
+    with gathered(nn.ModuleList(copied)):  # a tied weight once
         unset_hf_deepspeed_config()
         try:
             yield
