@@ -53,6 +53,7 @@ MODEL = ModelCounts(
     vision_inner=6,
     patches=4,
     patch=8,
+    stored=2,
 )
 ENGINE = Engine(
     sleeps=True,
@@ -161,7 +162,7 @@ def test_no_reference_no_phase_and_offload_policy():
 
 def test_a_checkpoint_on_disk():
     found = checkpoint_bytes(MODEL, SETUP, ["model", "optimizer", "extra", "hf_model"])
-    assert found == {"model": 32_000, "optimizer": 56_000, "extra": 0, "hf_model": 32_000}
+    assert found == {"model": 32_000, "optimizer": 56_000, "extra": 0, "hf_model": 16_000}
 
 
 # ---- the shipped recipe at its real size ----------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class ModelCounts:
     vision_inner: int
     patches: int  # a token of an image or a video
     patch: int  # numbers in a patch
+    stored: int  # bytes of a weight in the start checkpoint
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,9 @@ def needed(parts: list[Part]) -> float:
 
 
 def checkpoint_bytes(m: ModelCounts, s: Setup, contents: list[str]) -> dict[str, float]:
-    """On disk, by `checkpoint.save_contents`; verl writes the HF model in the actor's dtype, too."""
+    """On disk, by `checkpoint.save_contents`; the HF model has the start checkpoint's dtype."""
     b = s.model_dtype
-    sizes = {"model": b * m.total, "optimizer": 2 * b * m.trained, "hf_model": b * m.total}
+    sizes = {"model": b * m.total, "optimizer": 2 * b * m.trained, "hf_model": m.stored * m.total}
     return {name: sizes.get(name, 0) for name in contents}
 
 

@@ -61,6 +61,7 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
     from future_l1_plugin.integrations.verl.lora import embeddings_in_the_outermost_unit
     from future_l1_plugin.model.checkpoint import attach_head
     from future_l1_plugin.model.config import LatentConfig
+    from future_l1_plugin.model.training import stored_dtype
 
     given, latent = config.actor_rollout_ref.model, LatentConfig.from_hf(model)
     with torch.device("meta"):
@@ -94,6 +95,7 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
         vision_inner=vision.intermediate_size,
         patches=vision.spatial_merge_size**2,
         patch=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        stored=(stored_dtype(model) or torch.float32).itemsize,
     )
 
 
