@@ -8,9 +8,15 @@ through the head if there is one.
 CE is the mean over the decisions that decoding takes. Text and markers are such decisions. In the paper they are all:
 the positions before a latent carry no label, so nothing there holds p(`<|latent_end|>`) down, and where decoding leaves
 the length of a span to the model, it ends spans at once. With `going_on`, CE holds those positions, too: at each latent
-that decoding asks for (`SpanBudget.choices`) it is -log(1 - p(end)), one position before the latent, p being the
-softmax that decoding draws the end from. Each counts as one position of text, as the end marker behind the last latent
-does: a span of k latents is k decisions to go on and one to end. Under a fixed budget there are none to go on.
+that decoding asks for (`SpanBudget.choices`), one position before the latent, `<|latent|>` is the label:
+
+    -log p(latent) = -log(1 - p(end)) - log p(latent | not end)
+
+The first part is the choice to go on, as decoding draws it and RL weighs it (`latent.going_on`). The second is for
+greedy decoding, which ends a span where the end is the likeliest token: with the first alone, what is not the end lies
+spread over the vocabulary, and an end of p = .04 is the likeliest (150 steps on the micro world: mean p(end) .01, yet 3
+of 30 spans empty, at p(end) .04 to .08). Each choice counts as one position of text, as the end marker behind the last
+latent does: a span of k latents is k decisions to go on and one to end. Under a fixed budget there are none to go on.
 
 What stands at the latent positions, as input? In the paper e* (teacher forcing). Text behind a span then learns to read
 the answer off a sharp e*, where decoding gives it mu: the best guess, and therefore blurred. `OwnLatents` closes that
@@ -62,7 +68,7 @@ class SftLosses:
 
     ce: mean over `decisions` (Long, no gradient): tokens with a label and, with `going_on`, choices to go on.
     latents: the number of latent positions.
-    going_on: mean of -log(1 - p(end)) over the `choices` to go on, a part of `ce`; without any 0.
+    going_on: mean of -log(1 - p(end)) over the `choices` to go on, without gradient; without any 0.
     """
 
     total: Tensor
@@ -293,6 +299,8 @@ def sft_losses(
     inputs = {key: value for key, value in batch.items() if key not in OURS}
     where = _latents(config, batch)
     choices = config.budget.choices(where) if going_on else torch.zeros_like(where)
+    inputs["labels"] = batch["labels"].masked_fill(choices, config.latent_id)
+    decisions = (inputs["labels"][:, 1:] != _IGNORED).sum()
     if packing:
         inputs, where, choices = _packed(model, inputs, where, choices)
     with (
@@ -302,13 +310,10 @@ def sft_losses(
     ):
         channel.feed(fed, **({"where": where} if packing else {"response_start": batch["response_start"]}))
         ce = model(**inputs).loss
-    decisions = (batch["labels"][:, 1:] != _IGNORED).sum()
-    kept_going, asked = ce.new_zeros(()), 0
-    if went_on:
-        kept_going, asked = -went_on[0].mean(), len(went_on[0])
-        ce = (ce * decisions + kept_going * asked) / (decisions + asked)
+    kept_going = -went_on[0].detach() if went_on else ce.new_zeros(0)
     kept = [row for row in targets if len(row)]
     target = torch.cat(kept) if kept else channel.mu.detach()
     latent = latent_loss(channel.mu, target, config.latent_loss)
     total = ce + config.latent_lambda * latent
-    return SftLosses(total, ce, latent, len(target), decisions + asked, kept_going, asked)
+    asked = len(kept_going)
+    return SftLosses(total, ce, latent, len(target), decisions, kept_going.sum() / max(1, asked), asked)

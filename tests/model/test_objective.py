@@ -241,12 +241,12 @@ def test_a_peft_wrapped_model_has_the_same_losses(model, processor, records):
 # ---- the choice to go on ---------------------------------------------------------------------------------------------
 
 
-def ends_by_hand(model, config, batch, fed, at):
-    """-log(1 - p(end)) one position before each latent of `at`, its number among all latents; nothing clever."""
+def choices_by_hand(model, config, batch, fed, at):
+    """(-log(1 - p(end)), -log p(latent)) one position before each latent of `at`, its number among all latents."""
     hidden, _ = pass_by_hand(model, config, batch, fed)
     places = [latent_places(config, batch)[i] for i in at]
-    p = torch.stack([model.lm_head(hidden[row, c - 1]).softmax(-1)[config.latent_end_id] for row, c in places])
-    return -(1 - p).log()
+    p = torch.stack([model.lm_head(hidden[row, c - 1]).softmax(-1) for row, c in places])
+    return -(1 - p[:, config.latent_end_id]).log(), -p[:, config.latent_id].log()
 
 
 @pytest.mark.parametrize("limit", [8, 3])
@@ -256,9 +256,9 @@ def test_going_on_is_trained_beside_the_text(model, processor, records, limit):
     batch = collate(processor, config, records)
     losses = sft_losses(model, config, batch, going_on=True)
     text, latent, stars = by_hand(model, config, batch)
-    kept = ends_by_hand(model, config, batch, stars, [i for i in range(len(stars)) if i % 4 < limit])
+    kept, named = choices_by_hand(model, config, batch, stars, [i for i in range(len(stars)) if i % 4 < limit])
     words = int((batch["labels"][:, 1:] != IGNORED).sum())
-    ce = (text * words + kept.sum()) / (words + len(kept))
+    ce = (text * words + named.sum()) / (words + len(named))
     assert losses.choices == len(kept) == len(stars) * min(limit, 4) // 4 and losses.decisions == words + len(kept)
     torch.testing.assert_close(losses.going_on, kept.mean(), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(losses.ce, ce, atol=1e-5, rtol=1e-5)
@@ -272,7 +272,7 @@ def test_going_on_with_own_latents(model, processor, records):
     batch = collate(processor, config, records)
     losses = sft_losses(model, config, batch, OwnLatents(1.0, 2), torch.Generator(), going_on=True)
     fed = own_latents(model, config, batch, 2)
-    kept = ends_by_hand(model, config, batch, fed, range(len(fed)))
+    kept, _ = choices_by_hand(model, config, batch, fed, range(len(fed)))
     torch.testing.assert_close(losses.going_on, kept.mean(), atol=1e-6, rtol=1e-4)
 
 
