@@ -327,9 +327,9 @@ def test_each_pass_draws_its_own_rows(tiny_path, world, tmp_path, monkeypatch):
 
     drawn = []
 
-    def losses_of(model, config, batch, own, generator):
+    def losses_of(model, config, batch, own, generator, *more):
         drawn.append(float(torch.rand((), generator=torch.Generator().set_state(generator.get_state()))))
-        return sft_losses(model, config, batch, own, generator)
+        return sft_losses(model, config, batch, own, generator, *more)
 
     sft_losses = trainer.sft_losses
     monkeypatch.setattr(trainer, "sft_losses", losses_of)
