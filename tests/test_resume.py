@@ -262,12 +262,12 @@ def test_what_no_tool_reads_of_a_checkpoint_may_change(world):
     taken(world).check(before, "outputs/a", "")
 
 
-def test_a_mended_clip_is_said(world):
-    """A run that stopped at a clip is told to mend it. Of two clips one may be; see the test before for both."""
+def test_a_repaired_clip_is_said(world):
+    """A run that stopped at a clip is told to fix it. Of two clips one may be; see the test before for both."""
     before = taken(world)
     (world / "a.mp4").write_bytes(b"longer")
     lines = taken(world).check(before, "outputs/a", "")
-    assert lines == ["going on although a.mp4 is not the file of the run's start (mended, or gone)"]
+    assert lines == ["going on although a.mp4 is not the file of the run's start (repaired, or gone)"]
     (world / "a.mp4").unlink()
     assert taken(world).check(before, "outputs/a", "") == lines
 

@@ -407,7 +407,7 @@ def load_records(
     if bad and (on_bad == "raise" or not good):
         shown = "".join(f"\n  {item.source} (id {item.id}): {item.reason}" for item in bad[:_SHOWN])
         more = f"\n  and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
-        way_on = "" if not good else f" Mend them, or go on with the other {len(good):,} by `on_bad: skip`."
+        way_on = "" if not good else f" Fix them, or go on with the other {len(good):,} by `on_bad: skip`."
         raise DataError(f"{data}: {len(bad):,} of {len(good) + len(bad):,} records are bad.{way_on}{shown}{more}")
     if not good:
         raise DataError(f"{data}: holds no record. Check that it is what was meant.")

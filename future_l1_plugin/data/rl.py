@@ -193,7 +193,7 @@ def bad_prompts_error(bad: list[BadRecord], count: int, good: int, start: str = 
     """One error for all bad prompts of `count`: the first ten, and what to do."""
     shown = "".join(f"\n  {item.source} (id {item.id}): {item.reason}" for item in bad[:_SHOWN])
     more = f"\n  and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
-    way_on = f" Mend them, or go on with the other {good:,} by `on_bad: skip`." if good else " Mend them."
+    way_on = f" Fix them, or go on with the other {good:,} by `on_bad: skip`." if good else " Fix them."
     return DataError(f"{start}{len(bad):,} of {count:,} prompts are bad.{way_on}{shown}{more}")
 
 

@@ -75,7 +75,7 @@ def without_bad(records: Records, good: list[TwiffRecord], bad: list[BadRecord],
     if bad and (on_bad == "raise" or not good):
         shown = "".join(f"\n  {item.id}: {item.reason}" for item in bad[:10])
         more = f"\n  and {len(bad) - 10:,} more" if len(bad) > 10 else ""
-        way_on = f" Mend them, or go on with the other {len(good):,} by `on_bad: skip`." if good else ""
+        way_on = f" Fix them, or go on with the other {len(good):,} by `on_bad: skip`." if good else ""
         raise DataError(f"{len(bad):,} of {len(records):,} records cannot be trained on.{way_on}{shown}{more}")
     return Records(good, [*records.bad, *bad])
 
@@ -143,7 +143,7 @@ class SftDataset(Dataset):
                 return dataclasses.replace(sample, failed=tuple(failed)) if failed else sample
             except DataError as error:
                 if self._on_bad == "raise":
-                    raise RecordFailed(f"{error} Mend it, or go on without it by data.on_bad=skip.") from error
+                    raise RecordFailed(f"{error} Fix it, or go on without it by data.on_bad=skip.") from error
                 failed.append(BadRecord("record", record.id, str(error)))
                 if len(failed) > min(self._max_failed, len(self) - 1):
                     raise RecordFailed(too_many_failed(failed, self._max_failed)) from error

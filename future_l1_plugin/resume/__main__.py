@@ -19,7 +19,7 @@ What is compared is content, not paths: record files, the start checkpoint (larg
 videos and images (names and sizes), and the ids of the records that are used. A moved folder is free; a file that was
 edited in place is refused. A limit that was raised brings no record into an SFT run under way, because the order of all
 follows from their number; an RL run that would get or lose prompts by it is refused. A few videos or images of another
-size (one, or every twentieth up to 16) are taken for mended ones, and said. The digests lie in `inputs.json` in the
+size (one, or every twentieth up to 16) are taken for repaired ones, and said. The digests lie in `inputs.json` in the
 run's folder.
 
 The first row that fits a key counts. `*`: anything within a part of a key; `**`: anything; `{a,b}`: one of these. A key

@@ -66,12 +66,12 @@ def changes(host: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> C
     return found
 
 
-def check(host: str, before: Mapping[str, Any], after: Mapping[str, Any], holds: str, mend: str) -> list[str]:
+def check(host: str, before: Mapping[str, Any], after: Mapping[str, Any], holds: str, way_out: str) -> list[str]:
     """Lines that a run which goes on prints about its changes.
 
     Args:
         holds: opens the message, as "FOLDER holds a run".
-        mend: what else can be done, as a sentence.
+        way_out: what else can be done, as a sentence.
 
     Raises:
         ConfigError: a change that is refused; names the first five.
@@ -81,7 +81,7 @@ def check(host: str, before: Mapping[str, Any], after: Mapping[str, Any], holds:
         more = f" and {len(found.refused) - _SHOWN} more" if len(found.refused) > _SHOWN else ""
         raise ConfigError(
             f"{holds} with other settings ({'; '.join(found.refused[:_SHOWN])}{more}). Set them back, to go on with "
-            f"it (recipes/resume.md says which keys may change). {mend}"
+            f"it (recipes/resume.md says which keys may change). {way_out}"
         )
     lines = [f"going on with more: {line}" for line in found.extended]
     return lines + [f"going on otherwise: {line}" for line in found.said]

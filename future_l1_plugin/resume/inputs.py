@@ -21,7 +21,7 @@ _WHOLE = 64 * 2**20  # bytes; a larger file of a checkpoint is read at places on
 _BLOCKS, _BLOCK = 64, 64 * 2**10  # places, bytes at each
 _CHECKPOINT = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 _SHOWN = 3
-_MENDED = 16  # media that may differ, and no more than every twentieth
+_REPAIRED = 16  # media that may differ, and no more than every twentieth
 #: What a difference is called, and what it does.
 _NAMES = {
     "records": "record files",
@@ -79,28 +79,28 @@ class Inputs:
         except FileNotFoundError:
             return None
 
-    def check(self, before: "Inputs", folder: str | os.PathLike, mend: str) -> list[str]:
-        """Lines to print: a few videos or images of another size are taken for mended ones.
+    def check(self, before: "Inputs", folder: str | os.PathLike, way_out: str) -> list[str]:
+        """Lines to print: a few videos or images of another size are taken for repaired ones.
 
         Raises DataError: anything else differs from `before`; names it, and what to do.
         """
-        mended = self._mended(before)
-        names = [key for key in _NAMES if key != "media" or not mended]
+        repaired = self._repaired(before)
+        names = [key for key in _NAMES if key != "media" or not repaired]
         found = [f"{_NAMES[key]} ({what})" for key in names if (what := self._change(before, key))]
         if found:
             raise DataError(
                 f"{folder}: what the run was started with has changed since: {'; '.join(found)}. Going on, it would "
-                f"see some records twice and others never, or mix two models. Put back what was there. {mend}"
+                f"see some records twice and others never, or mix two models. Put back what was there. {way_out}"
             )
-        return [f"going on although {name} is not the file of the run's start (mended, or gone)" for name in mended]
+        return [f"going on although {name} is not the file of the run's start (repaired, or gone)" for name in repaired]
 
-    def _mended(self, before: "Inputs") -> list[str]:
+    def _repaired(self, before: "Inputs") -> list[str]:
         """Media whose size alone differs, if they are few; else nothing."""
         old, new = before.media, self.media
         if old.keys() != new.keys():
             return []
         changed = sorted(name for name in old if old[name] != new[name])
-        return changed if len(changed) <= min(_MENDED, max(1, len(old) // 20)) else []
+        return changed if len(changed) <= min(_REPAIRED, max(1, len(old) // 20)) else []
 
     def _change(self, before: "Inputs", key: str) -> str:
         old, new = getattr(before, key), getattr(self, key)

@@ -14,7 +14,7 @@ SETTINGS = "settings.yaml"
 
 
 def hold(
-    host: str, folder: Path, going_on: bool, values: Mapping[str, Any], inputs: Inputs | None, mend: str
+    host: str, folder: Path, going_on: bool, values: Mapping[str, Any], inputs: Inputs | None, way_out: str
 ) -> list[str]:
     """Check a run that goes on against its start, which leaves its settings and inputs here.
 
@@ -24,7 +24,7 @@ def hold(
         going_on: False for a start, which compares nothing.
         values: the resolved configuration, nested.
         inputs: None where nobody knows them.
-        mend: what can be done but setting things back, as a sentence.
+        way_out: what can be done but setting things back, as a sentence.
 
     Returns:
         Lines to print about what changed.
@@ -37,7 +37,7 @@ def hold(
     folder.mkdir(parents=True, exist_ok=True)
     if going_on and file.is_file():
         before = flat(OmegaConf.to_container(OmegaConf.load(file)))
-        lines = check(host, before, mine, f"{folder} holds checkpoints of a run", mend)
+        lines = check(host, before, mine, f"{folder} holds checkpoints of a run", way_out)
     else:
         with atomic_write(file) as opened:
             opened.write(OmegaConf.to_yaml(OmegaConf.create(mine)).encode())
@@ -45,7 +45,7 @@ def hold(
         return lines
     before = Inputs.read(folder) if going_on else None
     if before is not None:
-        return lines + inputs.check(before, folder, mend)
+        return lines + inputs.check(before, folder, way_out)
     inputs.write(folder)
     if going_on:
         lines.append(f"{folder}: the run's start left no inputs.json, so that its data cannot be compared")

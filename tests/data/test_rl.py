@@ -378,7 +378,7 @@ def test_faulty_twiff_rows(tmp_path, clip_file):
     with pytest.raises(DataError) as caught:
         load_prompts(path)
     assert str(caught.value).startswith(
-        "9 of 10 prompts are bad. Mend them, or go on with the other 1 by `on_bad: skip`"
+        "9 of 10 prompts are bad. Fix them, or go on with the other 1 by `on_bad: skip`"
     )
     kept = load_prompts(path, on_bad="skip")
     assert [p.id for p in kept] == ["t1"]
@@ -404,7 +404,7 @@ def test_ids_are_unique_over_files(tmp_path, clip_file):
 def test_a_long_list_of_bad_rows_is_counted(tmp_path, clip_file):
     path = write(tmp_path / "b.json", [bench(clip_file, id=f"q{i:02d}", question_type="x") for i in range(13)])
     for on_bad in ("raise", "skip"):  # nothing would be left
-        with pytest.raises(DataError, match=r"13 of 13 prompts are bad\. Mend them") as caught:
+        with pytest.raises(DataError, match=r"13 of 13 prompts are bad\. Fix them") as caught:
             load_prompts(path, clip_file.parent, on_bad=on_bad)
         assert [f"(id q{i:02d})" in str(caught.value) for i in range(13)] == [True] * 10 + [False] * 3
         assert "and 3 more" in str(caught.value)

@@ -65,7 +65,7 @@ def test_overlong_records_are_listed_at_the_start(run, world, monkeypatch, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr("future_l1_plugin.model.load", lambda *_, **__: pytest.fail("the model was loaded"))
         code, said = run(given)
-    assert code == 2 and "2 of 8 records cannot be trained on. Mend them, or go on with the other 6" in said
+    assert code == 2 and "2 of 8 records cannot be trained on. Fix them, or go on with the other 6" in said
     assert said.count("tokens, data.max_length is 1,024. Raise it; a new run may") == 2
     code, said = run(given, "data.on_bad=skip", "train.max_steps=1")
     assert code == 0 and "left out 2 of 8 records" in said

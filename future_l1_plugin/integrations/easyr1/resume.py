@@ -16,7 +16,7 @@ from future_l1_plugin.resume import Inputs, hold, newest_whole
 if TYPE_CHECKING:
     from future_l1_plugin.integrations.easyr1.config import LaDapoConfig
 
-_MEND = (
+_WAY_OUT = (
     "Or name another folder (trainer.save_checkpoint_path), which starts anew, or from a checkpoint of this run with "
     "trainer.load_checkpoint_path."
 )
@@ -48,4 +48,4 @@ def check_same_run(config: "LaDapoConfig", prompts: Sequence[RlPrompt]) -> list[
         {path for prompt in prompts for path in (prompt.video, *prompt.images) if path},
     )
     values = config.to_dict() | {"ranks": trainer.n_gpus_per_node * trainer.nnodes}
-    return hold("easyr1", folder, going_on and there, values, inputs, _MEND)
+    return hold("easyr1", folder, going_on and there, values, inputs, _WAY_OUT)

@@ -359,7 +359,7 @@ class FutureL1(lmms):
         listed = "\n".join(lines[:SHOWN] + [f"  .. and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN))
         if not self._skip_bad:
             raise DataError(
-                f"{len(bad)} samples have images or videos that cannot be used. Mend them and run again (the other "
+                f"{len(bad)} samples have images or videos that cannot be used. Fix them and run again (the other "
                 f"responses are kept in {self._log.path}), or add skip_bad=True to --model_args to count them as "
                 f"unanswered.\n{listed}"
             )

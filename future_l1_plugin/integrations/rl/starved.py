@@ -18,7 +18,7 @@ def way_out(seen: Mapping[str, int], rounds: str, unfiltered: str) -> str:
             f"model, that `judge` of the entry `accuracy` in `rewards` names, or raise {rounds}."
         )
     if most == "failed":
-        return "See in the log why prompts fail and mend them; a new run may also leave them out of the data."
+        return "See in the log why prompts fail and fix them; a new run may also leave them out of the data."
     harder, better = "harder", ""
     if most == "too_hard":
         harder, better = "easier", "start from a better checkpoint, "

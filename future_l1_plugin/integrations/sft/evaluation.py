@@ -1,7 +1,8 @@
 """What an SFT run is worth while it trains: loss on held-out records, early stopping by it, and spans in real answers.
 
 The losses are means over the held-out set: cross-entropy over all trained decisions, the latent loss over all latents,
-whatever the batches. Answers are decoded greedily, by `model.generate`, as a user's are.
+whatever the batches; on several ranks, a last batch that they do not fill repeats a few records. Answers are decoded
+greedily, by `model.generate`, as a user's are.
 
 On several ranks each decodes its share of the prompts. Under ZeRO-3, where a forward pass is a collective operation,
 all do equally many batches, each of exactly `max_new_tokens` steps; what follows the end of an answer is cut off.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from future_l1_plugin.data.records import Records, TwiffRecord
 
-_MEND = "Or name another output, or train anew with log.resume=false."
+_WAY_OUT = "Or name another output, or train anew with log.resume=false."
 _LENGTH = ("epochs", "max_steps")
 
 
@@ -55,7 +55,7 @@ class Start:
             then, now = _flat(old), _flat(recipe)
             if before is not None:
                 then, now = then | before.settings, now | settings
-            lines += check("sft", then, now, f"{output} holds a run", _MEND)
+            lines += check("sft", then, now, f"{output} holds a run", _WAY_OUT)
             longer = any(getattr(old.train, key) != getattr(recipe.train, key) for key in _LENGTH)
         if final.exists() and longer and found.newest is None:
             raise ConfigError(
@@ -98,7 +98,7 @@ class Start:
         )
         if self.newest is not None:
             if self._before is not None:
-                self.lines += inputs.check(self._before, recipe.output, _MEND)
+                self.lines += inputs.check(self._before, recipe.output, _WAY_OUT)
             else:
                 self.lines.append(f"{recipe.output}: its start left no inputs.json, its data cannot be compared")
         return inputs

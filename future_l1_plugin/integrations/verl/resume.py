@@ -15,7 +15,7 @@ from future_l1_plugin.data.rl import RlPrompt
 from future_l1_plugin.data.sources import data_files
 from future_l1_plugin.resume import Inputs, hold
 
-_MEND = (
+_WAY_OUT = (
     "Or name another folder (trainer.project_name), train anew with trainer.resume_mode=disable, or start another run "
     "from a checkpoint of this one: trainer.resume_mode=resume_path and a trainer.project_name of its own."
 )
@@ -36,7 +36,7 @@ def check_same_run(config: DictConfig, prompts: Sequence[RlPrompt] | None = None
     # "resume_path": the user named a checkpoint. That is a start, not a resumption.
     going_on = trainer.resume_mode == "auto" and (folder / "latest_checkpointed_iteration.txt").exists()
     inputs = None if prompts is None else _inputs(config, prompts)
-    for line in hold("verl", folder, going_on, _values(config), inputs, _MEND):
+    for line in hold("verl", folder, going_on, _values(config), inputs, _WAY_OUT):
         print(line, flush=True)
 
 
