@@ -35,7 +35,7 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-6
 #: Seconds in which a moment is drawn after its sign was seen.
-WITHIN = {"step": 2.0, "save": 0.3, "rollout": 1.0, "worker": 1.0}
+WITHIN = {"step": 1.0, "save": 0.3, "rollout": 1.0, "worker": 1.0}
 RL_SMALL = (
     *("trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2", "actor_rollout_ref.rollout.n=4"),
     *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "data.max_response_length=40"),
@@ -114,7 +114,7 @@ class Run:
         """The newest step in the metrics; -1 for none."""
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        steps = [int(found[1]) for line in lines if (found := re.match(r'\{"step": (\d+)', line))]
+        steps = [int(found[1]) for line in lines if (found := re.match(r'\{"step": ?(\d+)', line))]
         return max(steps, default=-1)
 
     def checkpoints(self) -> set[str]:

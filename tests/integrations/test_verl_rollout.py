@@ -101,14 +101,17 @@ def mixed(processor):
     ]
 
 
-def sampling(policy=VMF, temperature=1.0, wave=None, tempering="none", seed=0, **more):
-    latent = {"policy": policy, "tempering": tempering, "seed": seed, "wave": wave}
-    usual = {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}  # as verl sends them
-    return {"temperature": temperature, **usual, "latent": latent, **more}
-
-
 def wave(position, size, name="w"):
     return {"id": name, "size": size, "position": position}
+
+
+ALONE = wave(0, 1, "alone")
+
+
+def sampling(policy=VMF, temperature=1.0, wave=None, tempering="none", seed=0, **more):
+    latent = {"policy": policy, "tempering": tempering, "seed": seed, "wave": wave or ALONE}
+    usual = {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}  # as verl sends them
+    return {"temperature": temperature, **usual, "latent": latent, **more}
 
 
 async def ask(server, prompts, params, order=None):
@@ -279,16 +282,6 @@ def test_requests_of_a_wave_must_agree(server, mixed, second, match):
             raise answer
 
 
-def test_without_waves_a_batch_is_what_comes_within_a_moment(server, mixed, monkeypatch):
-    monkeypatch.setattr(rollout_server, "QUIET_S", 0.5)  # this machine may be busy
-    sizes, decode = [], server._decode
-    monkeypatch.setattr(server, "_decode", lambda batch, *args: sizes.append(len(batch)) or decode(batch, *args))
-    params = [sampling(max_tokens=4)] * 5 + [sampling(max_tokens=4, temperature=0)]
-    answers = run(ask(server, mixed, params))
-    assert sorted(sizes) == [1, 1, 4]  # a full one, what was left of its settings, other settings
-    assert all(1 <= len(answer.token_ids) <= 4 for answer in answers)
-
-
 # What goes wrong
 
 
@@ -350,11 +343,9 @@ def test_wrong_inputs(server, mixed):
         send([], None)
 
 
-def test_sleep_and_abort_fail_what_waits(server, mixed, monkeypatch):
-    monkeypatch.setattr(rollout_server, "QUIET_S", 0.5)
-
+def test_sleep_and_abort_fail_what_waits(server, mixed):
     async def during(control):
-        params = [sampling(wave=wave(i, 5)) for i in range(2)] + [sampling()]
+        params = [sampling(wave=wave(i, 5)) for i in range(2)] + [sampling(wave=wave(0, 2, "other"))]
         asking = asyncio.create_task(ask(server, mixed[:3], params))
         await asyncio.sleep(0.01)
         result = await control()

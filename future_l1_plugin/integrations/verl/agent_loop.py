@@ -29,6 +29,7 @@ from future_l1_plugin.integrations.verl.pixels import SharedPrompt, pixel_dtype,
 from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import latent_section
 from future_l1_plugin.integrations.verl.watch import GO_ON, Asked, agent_loop_worker, words
+from future_l1_plugin.integrations.verl.waves import WaveClient, deal
 from future_l1_plugin.latent.tokens import LATENT
 
 #: Field of a prompt: which decoding wave it belongs to (`LatentAgentLoopManager`).
@@ -66,8 +67,7 @@ class LatentAgentLoop(AgentLoopBase):
         latent = self._section(self.config)
         wave = dict(kwargs[WAVE])
         validate, n = wave.pop("validate"), wave.pop("n")
-        if wave["id"] is not None:
-            wave["position"] = wave["position"] * n + kwargs["session_id"]
+        wave["position"] = wave["position"] * n + kwargs["session_id"]
         metrics: dict[str, float] = {}
         params = {
             **sampling_params,
@@ -76,7 +76,7 @@ class LatentAgentLoop(AgentLoopBase):
                 "policy": latent.val_policy if validate else latent.policy,
                 "tempering": latent.tempering,
                 "seed": self.rollout_config.seed,
-                "wave": wave if wave["id"] is not None else None,
+                "wave": wave,
             },
         }
         # verl sends equal ids to one server: a group's rollouts share one prefill and one pass of the vision tower.
@@ -87,7 +87,7 @@ class LatentAgentLoop(AgentLoopBase):
         try:
             prompt = await self._encode(kwargs, keep=not validate)
         except DataError as error:
-            if wave["id"] is not None and self.rollout_config.name != VLLM_ROLLOUT:
+            if self.rollout_config.name != VLLM_ROLLOUT:
                 params["latent"]["wave"] = wave | {"absent": True}  # the others of its wave would wait for it
                 await self.server_manager.generate(request_id=request_id, prompt_ids=[], sampling_params=params)
             raise PromptFailed(str(error)) from error
@@ -186,17 +186,14 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
 class LatentAgentLoopManager(AgentLoopManagerTQ):
     """verl's manager; it numbers what is sent out together, so that the rollout server can decode it together.
 
-    A wave is all rollouts of one call. Its batches are then a function of its prompts, not of who arrived first. With
-    several servers of `latent_hf`, among which verl's load balancer spreads requests, there are no waves. `latent_vllm`
-    needs no common batches; there a place in a wave is what seeds a request.
+    A wave is what one server gets of the rollouts of one call: whole groups, dealt in turn. Its batches are then a
+    function of its prompts, not of who arrived first. `latent_vllm` needs no common batches; there verl's load balancer
+    chooses, a call is one wave, and a place in it is what seeds a request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(LatentAgentLoopWorker)
-        rollout, trainer = self.config.actor_rollout_ref.rollout, self.config.trainer
-        single_server = trainer.n_gpus_per_node * trainer.nnodes == rollout.tensor_model_parallel_size
-        self._waves = single_server or rollout.name == VLLM_ROLLOUT
         self._last: tuple[Any, int] = (None, 0)
         self.asked: dict[str, Asked] = {}  # the prompts of the step, or of the validation, by uid
 
@@ -208,12 +205,9 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
         if self._last[0] != source:
             self.asked.clear()
         self._last = (source, self._last[1] + 1 if self._last[0] == source else 0)
-        name = f"{source[0]}-{step}-{self._last[1]}" if self._waves else None
-        waves = [
-            {"id": name, "size": len(prompts) * n, "position": i, "n": n, "validate": validate}
-            for i in range(len(prompts))
-        ]
-        tu.assign_non_tensor_stack(prompts, WAVE, waves)
+        engines = len(self.llm_client.servers) if isinstance(self.llm_client, WaveClient) else None
+        places = deal(f"{source[0]}-{step}-{self._last[1]}", len(prompts), n, engines)
+        tu.assign_non_tensor_stack(prompts, WAVE, [place | {"n": n, "validate": validate} for place in places])
         self._note(prompts)
         try:
             return super().generate_sequences(prompts)

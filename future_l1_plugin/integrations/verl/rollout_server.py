@@ -4,8 +4,7 @@ What a request may ask for is in `sampling`.
 
 A wave is decoded when all of its requests have come, in batches that depend on nothing but the wave, each with a random
 stream of its own. So the same wave on the same weights gives the same result, whatever the order of arrival. A wave has
-to reach one server whole. Where several replicas share the requests send None: a batch is then what came within a short
-while, and results depend on it.
+to reach one server whole (`waves`).
 """
 
 import asyncio
@@ -33,7 +32,6 @@ from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, generate, load
 from future_l1_plugin.model.batch import left_padded
 
-QUIET_S = 0.02  # requests without a wave: a batch is closed when none has come for so long
 WAVE_TIMEOUT_S = 120.0
 
 
@@ -124,8 +122,6 @@ class LatentHFServer:
         self._turn = asyncio.Lock()  # held for a batch
         self._running: list[_Request] = []  # the batch that is being decoded
         self._waves: dict[str, _Group] = {}
-        self._loose: dict[Sampling, _Group] = {}
-        self._loose_batches = 0
         self._tasks: set[asyncio.Task] = set()  # asyncio itself keeps only weak references
 
     async def ready(self) -> None:
@@ -172,7 +168,7 @@ class LatentHFServer:
         if unknown := sorted(key for key, value in more.items() if value is not None):
             raise ConfigError(f"request {request_id}: latent_hf does not take {', '.join(unknown)}")
         sampling, wave = Sampling.parse(sampling_params, self._response_length)
-        if wave is not None and wave.absent:
+        if wave.absent:
             self._join_wave(None, wave, sampling)
             return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields={"global_steps": self._version})
         inputs = self._model_inputs(prompt_ids, mm_inputs, request_id)
@@ -188,10 +184,7 @@ class LatentHFServer:
         request = _Request(request_id, inputs, sampling, asyncio.get_running_loop().create_future())
         self._requests[request] = None
         request.answer.add_done_callback(lambda _: self._requests.pop(request, None))
-        if wave is None:
-            self._join_loose(request)
-        else:
-            self._join_wave(request, wave, sampling)
+        self._join_wave(request, wave, sampling)
         return await request.answer
 
     def _model_inputs(
@@ -258,27 +251,10 @@ class LatentHFServer:
             group.came(),
             TimeoutError(
                 f"wave {wave_id!r}: expected {group.size} requests, {came} came and no other for "
-                f"{self._wave_timeout_s:g} s. A wave must reach one server whole: send wave None where several "
-                "replicas share the requests; or raise actor_rollout_ref.rollout.custom.wave_timeout_s"
+                f"{self._wave_timeout_s:g} s. A wave must reach one server whole; where encoding takes longer, raise "
+                "actor_rollout_ref.rollout.custom.wave_timeout_s"
             ),
         )
-
-    def _join_loose(self, request: _Request) -> None:
-        group = self._loose.setdefault(request.sampling, _Group(request.sampling, self._max_num_seqs))
-        request.position = len(group.requests)
-        group.requests[request.position] = request
-        if len(group.requests) < group.size:
-            group.restart(QUIET_S, self._close_loose, request.sampling)
-        else:
-            self._close_loose(request.sampling)
-
-    def _close_loose(self, sampling: Sampling) -> None:
-        group = self._loose.pop(sampling)
-        group.stop()
-        # Replicas decode samples of the same group: without the rank they would draw the same noise for them.
-        stream = f"replica {self._replica_rank}, weights {self._version}, batch {self._loose_batches}"
-        self._loose_batches += 1
-        self._start(group.came(), stream)
 
     def _start(self, requests: list[_Request], stream: str) -> None:
         requests.sort(key=lambda request: (request.length, request.position))  # little padding
@@ -460,10 +436,9 @@ class LatentHFServer:
         pass
 
     def _fail_waiting(self, why: str) -> list[str]:
-        for group in (*self._waves.values(), *self._loose.values()):
+        for group in self._waves.values():
             group.stop()
         self._waves.clear()
-        self._loose.clear()
         waiting = [request for request in self._requests if request not in self._running]
         for request in waiting:
             _fail([request], RequestAborted(f"request {request.id}: {why} before it was decoded"))

@@ -80,8 +80,6 @@ class LatentVLLMServer(vLLMHttpServer):
         if unknown := sorted(key for key, value in more.items() if value is not None):
             raise ConfigError(f"request {request_id}: {NAME} does not take {', '.join(unknown)}")
         sampling, wave = Sampling.parse(sampling_params, self.config.response_length)
-        if wave is None:
-            raise ConfigError(f"request {request_id}: expected its place in a wave, found none. {NAME} seeds by it")
         policy, seed = json.loads(sampling.policy), seed_of(sampling.seed, wave.id, wave.position)
         latent_args = {f"latent_{'policy' if key == 'name' else key}": value for key, value in policy.items()}
         pixels, hashes = opened(mm_inputs)

@@ -4,7 +4,7 @@
  "latent": {"policy": {"name": "vmf", "mean_cosine": 0.9},        # keys of `build_policy`
             "tempering": "sqrt_dim",                              # none | sqrt_dim | dim | number in (0, 1]
             "seed": 7,
-            "wave": {"id": "step 3", "size": 64, "position": 0}}} # or None: see `rollout_server`
+            "wave": {"id": "step 3", "size": 64, "position": 0, "engine": 0}}}
 """
 
 import hashlib
@@ -34,11 +34,15 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class Wave:
-    """A request's place in its wave: `position` of `size`, 0-based. An absent one says that no request will take it."""
+    """A request's place in its wave: `position` of `size`, 0-based. An absent one says that no request will take it.
+
+    `engine` is the number of the engine that decodes the wave, or None where any may.
+    """
 
     id: str
     size: int
     position: int
+    engine: int | None = None
     absent: bool = False
 
 
@@ -55,7 +59,7 @@ class Sampling:
     seed: int
 
     @classmethod
-    def parse(cls, params: dict[str, Any], response_length: int) -> tuple["Sampling", Wave | None]:
+    def parse(cls, params: dict[str, Any], response_length: int) -> tuple["Sampling", Wave]:
         """Read and check the sampling parameters of a request.
 
         Args:
@@ -101,16 +105,16 @@ class Sampling:
             seed=_whole("latent.seed", latent.get("seed", 0)),
         )
         wave = latent.get("wave")
-        if wave is None:
-            return settings, None
+        if not isinstance(wave, dict):
+            raise ConfigError(f"sampling_params.latent.wave: expected a request's place in its wave, found {wave!r}")
         wave = dict(wave)
-        absent = wave.pop("absent", False) is True
+        absent, engine = wave.pop("absent", False) is True, wave.pop("engine", None)
         _known_keys("latent.wave", wave, ("id", "size", "position"), required=True)
         size = _whole("latent.wave.size", wave["size"], least=1)
         position = _whole("latent.wave.position", wave["position"], least=0)
         if position >= size:
             raise ConfigError(f"sampling_params.latent.wave.position: expected less than size {size}, found {position}")
-        return settings, Wave(str(wave["id"]), size, position, absent)
+        return settings, Wave(str(wave["id"]), size, position, engine, absent)
 
 
 def seed_of(seed: int, stream: str, index: int) -> int:

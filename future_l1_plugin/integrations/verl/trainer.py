@@ -34,12 +34,13 @@ from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics,
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.pixels import keeper
-from future_l1_plugin.integrations.verl.plugin import TRAINER, VLLM_ROLLOUT
+from future_l1_plugin.integrations.verl.plugin import ROLLOUT, TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.reward import last_token
 from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
 from future_l1_plugin.integrations.verl.watch import GO_ON, Watch, agent_loop_worker
+from future_l1_plugin.integrations.verl.waves import WaveClient
 from future_l1_plugin.integrations.verl.worker import LatentWorker
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.resume import MARKER, fault
@@ -143,6 +144,14 @@ class LaDapoTrainer(PPOTrainerSync):
         corrected = self.settings.correction is not None
         self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent, corrected))
         super().on_init_end()
+
+    def get_llm_client(self) -> Any:
+        """verl's; `latent_hf` decodes in waves, each on the server that it names."""
+        manager = self.llm_server_manager
+        if self.config.actor_rollout_ref.rollout.name != ROLLOUT:
+            return super().get_llm_client()
+        servers = dict(zip(manager.server_addresses, manager.server_handles, strict=True))
+        return manager.get_client(WaveClient, servers=servers)
 
     def fit(self, agent_loop_manager: Any) -> None:
         # verl's file logger empties its file at each start.
