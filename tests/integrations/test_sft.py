@@ -354,6 +354,7 @@ def test_a_dry_run_refuses_a_full_fine_tune_of_8b_on_one_gpu(dry, eight_billion,
     assert f"error: on 1 GPU this run needs about 191.0 GiB on each, and there are {assumed}. What helps:\n" in text
     assert "  GPUS=8 scripts/sft.sh .. hf_trainer.deepspeed=zero3: 56.6 GiB, fits\n" in text
     assert "  hf_trainer.deepspeed=zero3_offload (slower; the CPU's memory holds the rest): " in text
+    assert "  train.lora.bits=4 train.lora.rank=64 hf_trainer.deepspeed=null (QLoRA): " in text
     assert "  train.lora.rank=64: " in text and "  data.max_length=8192: " in text
     assert "train.gradient_checkpointing" not in text.partition("What helps")[2]  # it is on already
     whole = (str(RECIPES / "sft.yaml"), f"model={eight_billion}", "hf_trainer.deepspeed=null", "--gpus", "8")
@@ -361,6 +362,11 @@ def test_a_dry_run_refuses_a_full_fine_tune_of_8b_on_one_gpu(dry, eight_billion,
     lora = dry(*whole[:3], "train.lora.rank=64")  # what it says helps does
     assert "verdict for 1 GPU: it fits" in lora
     assert f"parameters: {with_lora(EIGHT, 64).trained:,} trained, 8,767,123,696 frozen" in lora
+    four = dry(*whole[:3], "train.lora.rank=64", "train.lora.bits=4")
+    # 36 layers of 2 x 4096 x (4096 + 1024) + 3 x 4096 x 12288 weights; 8.77 billion and the adapters less these
+    assert "0.516 bytes x 6,945,767,424 in NF4 + 4 x the rest" in four
+    weights = 0.515869140625 * 6_945_767_424 + 4 * (8_767_123_696 - 6_945_767_424 + with_lora(EIGHT, 64).trained)
+    assert f"{weights / 2**30:.2f} GiB" in four
 
 
 #: Of the real 8B model.

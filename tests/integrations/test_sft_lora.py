@@ -1,6 +1,7 @@
 """LoRA with the rows of the latent tokens, the dtype of what is written, and checkpoints of runs in training."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from future_l1_plugin.cli import main as command
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import CheckpointError
-from future_l1_plugin.integrations.hf_trainer.host import with_lora
+from future_l1_plugin.integrations.hf_trainer.host import LORA_TARGETS, with_lora
+from future_l1_plugin.integrations.sft.lora import quantization
 from future_l1_plugin.integrations.sft.recipe import LoraRecipe
 from future_l1_plugin.integrations.sft.run import main
 from future_l1_plugin.integrations.sft.trainer import save_final
@@ -209,3 +211,68 @@ def test_a_run_from_bfloat16(start, tmp_path):
     assert not all(torch.equal(value, stored(start)[name]) for name, value in stored(exported).items())
     assert load(checkpoint)[0].dtype == (torch.bfloat16 if rank else torch.float32)
     assert sources(checkpoint).is_whole is not bool(rank)
+
+
+def test_four_bits_hold_the_layers_that_have_adapters(start):
+    from bitsandbytes.nn import Linear4bit
+
+    whole = load(start, dtype=torch.float32)[0]
+    packed = load(start, dtype=torch.float32, quantization=quantization(4, bf16=False))[0]
+    names = {name for name, module in packed.named_modules() if isinstance(module, Linear4bit)}
+    assert names == {name for name, _ in whole.named_modules() if re.fullmatch(LORA_TARGETS, name)}
+    assert {p.dtype for name, p in packed.named_parameters() if name.rpartition(".")[0] not in names} == {torch.float32}
+    # The largest of 16 NF4 levels in a block of 64 is exact; between two levels an error of half their distance.
+    name = min(names)
+    weight = whole.get_submodule(name).weight.detach()
+    inner = packed.get_submodule(name)
+    with torch.no_grad():
+        found = inner(torch.eye(weight.shape[1])).T
+    largest = weight.abs().amax()
+    assert 0 < (found - weight).abs().max() < 0.16 * largest  # the widest gap of NF4 is .304 of a block's largest
+
+
+def test_a_run_with_four_bits(start, tmp_path):
+    """`final` has its adapters on the weights that it started from; the run goes on from its checkpoint."""
+    world = make_world(tmp_path / "world", test=0, train=4, seed=0, progress=False)
+    rates = {"learning_rate": 0.01, "schedule": "constant", "warmup_ratio": 0.0}
+    recipe = {
+        "model": str(start),
+        "output": str(tmp_path / "run"),
+        "data": {"records": str(world.sft), "videos": str(world.videos), "question_media": "video", "workers": 0},
+        "train": rates | {"max_steps": 1, "batch_size": 2, "micro_batch_size": 2, "lora": {"rank": 2, "bits": 4}},
+        "eval": {"prompts": 0},
+        "log": {"every": 1, "save_every": 1, "tensorboard": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([str(tmp_path / "run.yaml")]) == 0
+    assert main([str(tmp_path / "run.yaml"), "train.max_steps=2"]) == 0
+    final, checkpoint = tmp_path / "run" / "final", tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    before, after = stored(start), stored(final)
+    assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[0] for name in changed if "layers" in name} == {
+        name for name, _ in load(start)[0].named_modules() if re.fullmatch(LORA_TARGETS, name)
+    }
+    assert not any("quantization" in key for key in json.loads((final / "config.json").read_text()))
+    exported = export(checkpoint, tmp_path / "out")
+    assert all(torch.equal(value, after[name]) for name, value in stored(exported).items())
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"train": {"lora": {"rank": 2, "bits": 8}}}, "bits: expected 4 or null, found 8"),
+        ({"train": {"lora": {"bits": 4}}}, "Set train.lora.rank as well"),
+        ({"train": {"lora": {"rank": 2, "bits": 4}}, "hf_trainer": {"deepspeed": "zero3"}}, "each GPU then holds"),
+        (
+            {"train": {"lora": {"rank": 2, "bits": 4}}, "qwen_vl_finetune": {"path": "x"}},
+            "adapters to quantised layers",
+        ),
+    ],
+    ids=["8", "rank", "deepspeed", "host"],
+)
+def test_where_four_bits_have_no_place(tmp_path, capsys, change, match):
+    recipe = {"model": "m", "output": "o", "data": {"records": "r", "videos": "v"}} | change
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    assert match in capsys.readouterr().err

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.sft.deepspeed import NAMES
 from future_l1_plugin.integrations.sft.host import Host
-from future_l1_plugin.integrations.sft.memory import Part, Sharding, Sizes, activations, model_states, with_lora
+from future_l1_plugin.integrations.sft.memory import (
+    Part,
+    Sharding,
+    Sizes,
+    activations,
+    model_states,
+    with_four_bits,
+    with_lora,
+)
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.integrations.sft.sizes import model_sizes
 from future_l1_plugin.resume.table import Kind, rule_of
@@ -86,8 +94,13 @@ def problem(
         ("train.micro_batch_size=1", gib(train(micro_batch_size=1), sharding, sizes, gpus)),
         (f"data.max_length={shorter.data.max_length}", gib(shorter, sharding, sizes, gpus)),
     ]
+    adapted = sizes if recipe.train.lora.rank else with_lora(sizes, 64)
     if not recipe.train.lora.rank:
-        ways.append(("train.lora.rank=64", gib(recipe, sharding, with_lora(sizes, 64), gpus)))
+        ways.append(("train.lora.rank=64", gib(recipe, sharding, adapted, gpus)))
+    if not recipe.train.lora.bits and not recipe.qwen_vl_finetune.path:
+        keys = ["train.lora.bits=4", *(["train.lora.rank=64"] if adapted is not sizes else [])]
+        keys += [f"{key}=null"] if sharding is not None else []
+        ways.append((f"{' '.join(keys)} (QLoRA)", gib(recipe, None, with_four_bits(adapted), gpus)))
     if going_on:
         ways = [(way, amount) for way, amount in ways if rule_of("sft", _key(way)).kind is Kind.COST]
     lines = [

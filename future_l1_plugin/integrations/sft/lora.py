@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from future_l1_plugin.compat import require
 from future_l1_plugin.latent.channel import HEAD_NAME
 from future_l1_plugin.model.checkpoint import divided, gathered
 from future_l1_plugin.model.token_rows import INPUT, OUTPUT, trainable_rows
@@ -34,6 +35,29 @@ def adapted(
     )
     with _whole(model, arguments):
         return get_peft_model(model, config)
+
+
+def quantization(bits: int | None, bf16: bool) -> Any:
+    """transformers' configuration for QLoRA (arXiv 2305.14314): NF4, its scales quantised too; None = none.
+
+    Only the text decoder's linear layers, which have the adapters, are held so.
+
+    Args:
+        bf16: what a pass computes in; else float32.
+    """
+    if bits is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    require("bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        llm_int8_skip_modules=["model.visual", "lm_head", HEAD_NAME],
+    )
 
 
 @contextmanager

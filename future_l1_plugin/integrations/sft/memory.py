@@ -51,6 +51,7 @@ class Sizes:
     vocabulary: int
     tied: bool = False  # lm_head is the input embedding
     rows: bool = False  # of the embeddings, only the rows of the latent tokens are trained, as under LoRA
+    packed: int = 0  # parameters held in 4 bits, among the frozen ones
 
 
 def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None) -> list[Part]:
@@ -63,7 +64,7 @@ def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None)
     t, every = sizes.trained, sizes.trained + sizes.frozen
     if sharding is None:
         parts = [
-            Part("weights", 4 * every, "4 bytes x all"),
+            _weights(sizes),
             Part("gradients", 4 * t, "4 x trained"),
             Part("optimiser (AdamW)", 8 * t, "8 x trained: two moments in float32"),
         ]
@@ -92,6 +93,16 @@ def model_states(sizes: Sizes, gpus: int, bf16: bool, sharding: Sharding | None)
     return parts + _rows(sizes, b)
 
 
+def _weights(sizes: Sizes) -> Part:
+    """4 bits of NF4 with a scale of 8 bits for each 64 weights, and one in float32 for 256 of those."""
+    every = sizes.trained + sizes.frozen
+    if not sizes.packed:
+        return Part("weights", 4 * every, "4 bytes x all")
+    nf4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
+    formula = f"{nf4:.3f} bytes x {sizes.packed:,} in NF4 + 4 x the rest"
+    return Part("weights", nf4 * sizes.packed + 4 * (every - sizes.packed), formula)
+
+
 def _rows(sizes: Sizes, b: int) -> list[Part]:
     """PEFT puts trained rows into a copy of their matrix at each pass. lm_head's lives until the pass ends."""
     if not sizes.rows:
@@ -108,6 +119,12 @@ def with_lora(sizes: Sizes, rank: int) -> Sizes:
     rows = 3 * h * (1 if sizes.tied else 2)  # of the latent tokens
     trained = rank * a_layer * sizes.layers + rows
     return replace(sizes, trained=trained, frozen=sizes.trained + sizes.frozen, rows=True)
+
+
+def with_four_bits(sizes: Sizes) -> Sizes:
+    """The sizes with the text decoder's linear layers in 4 bits."""
+    a_layer = 2 * sizes.hidden * (sizes.queries + sizes.keys) + 3 * sizes.hidden * sizes.inner
+    return replace(sizes, packed=a_layer * sizes.layers)
 
 
 def a_checkpoint(sizes: Sizes, bf16: bool, sharding: Sharding | None) -> float:

@@ -53,6 +53,7 @@ class LoraRecipe:
     rank: int = 0
     alpha: int = 32
     dropout: float = 0.0
+    bits: int | None = None  # 4 = QLoRA: the layers that have adapters are held in NF4; null = as all weights are
 
 
 @dataclass
@@ -192,6 +193,7 @@ class SftRecipe:
             raise ConfigError(
                 "train.train_vision: LoRA trains the text decoder only. Set it to false, or lora.rank to 0"
             )
+        self._check_bits()
         for section in ("hf_trainer", "qwen_vl_finetune"):
             value = getattr(self, section).deepspeed
             if value is not None and value not in NAMES and not Path(value).suffix:
@@ -208,6 +210,25 @@ class SftRecipe:
             )
         if (self.sweep.key is None) != (not self.sweep.values):
             raise ConfigError("sweep: expected both key and values, or neither")
+
+    def _check_bits(self) -> None:
+        lora = self.train.lora
+        if lora.bits is None:
+            return
+        if lora.bits != 4:
+            raise ConfigError(f"train.lora.bits: expected 4 or null, found {lora.bits!r}")
+        if not lora.rank:
+            raise ConfigError("train.lora.bits: weights of 4 bits are not trained. Set train.lora.rank as well")
+        if self.qwen_vl_finetune.path:
+            raise ConfigError(
+                "train.lora.bits: Qwen-VL-Series-Finetune gives adapters to quantised layers by code of its own. Set "
+                "bits to null, or qwen_vl_finetune.path to null"
+            )
+        if self.hf_trainer.deepspeed:
+            raise ConfigError(
+                "train.lora.bits: DeepSpeed would divide or cast what bitsandbytes has packed. Set bits to null, or "
+                "hf_trainer.deepspeed to null: each GPU then holds the 4 bits of all weights"
+            )
 
     @property
     def sharding_key(self) -> str:

@@ -35,6 +35,7 @@ def run(recipe: SftRecipe) -> Path:
     from future_l1_plugin.data.sft import SftCollator, SftDataset
     from future_l1_plugin.integrations.sft.evaluation import Evaluation
     from future_l1_plugin.integrations.sft.failures import FailedRecords
+    from future_l1_plugin.integrations.sft.lora import quantization
     from future_l1_plugin.integrations.sft.trainer import JsonlLog, ScheduleOfTheLongerRun, save_final
     from future_l1_plugin.model import load
     from future_l1_plugin.model.checkpoint import divided, gathered
@@ -71,9 +72,10 @@ def run(recipe: SftRecipe) -> Path:
         print("latent.train_going_on: nothing to train, the checkpoint fixes the length of spans (fixed_latent_budget)")
     model, processor = load(
         recipe.model,
-        device=None if divided() else "cpu",  # the trainer places it
+        device=None if divided() else arguments.device if train.lora.bits else "cpu",  # the trainer places it
         dtype=torch.float32,
         attn_implementation=train.attn_implementation,
+        quantization=quantization(train.lora.bits, arguments.bf16),
         **latent_keys(recipe.latent),
     )
     own = OwnLatents(recipe.latent.own_share, recipe.latent.own_passes, recipe.latent.own_mean_cosine)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from future_l1_plugin.errors import CheckpointError
 from future_l1_plugin.integrations.sft.host import Host
-from future_l1_plugin.integrations.sft.memory import Sizes
+from future_l1_plugin.integrations.sft.memory import Sizes, with_four_bits
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def model_sizes(recipe: SftRecipe, host: Host, arguments: "TrainingArguments | N
         model = host.prepare(model, recipe, arguments)
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     text = config.text_config
-    return Sizes(
+    sizes = Sizes(
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         largest=max(own),
@@ -52,6 +52,7 @@ def model_sizes(recipe: SftRecipe, host: Host, arguments: "TrainingArguments | N
         tied=config.tie_word_embeddings,
         rows=any("trainable_tokens_delta" in name for name, _ in model.named_parameters()),
     )
+    return with_four_bits(sizes) if recipe.train.lora.bits else sizes
 
 
 def _config(path: str) -> Any:

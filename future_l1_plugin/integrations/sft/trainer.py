@@ -14,7 +14,7 @@ from future_l1_plugin.integrations.sft.evaluation import SpanProbe, same_random_
 from future_l1_plugin.integrations.sft.failures import FailedRecords
 from future_l1_plugin.integrations.sft.finite import FiniteWatch
 from future_l1_plugin.model.card import write_card
-from future_l1_plugin.model.checkpoint import save
+from future_l1_plugin.model.checkpoint import load, save
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents, sft_losses
 from future_l1_plugin.resume.checkpoints import delete, seal
@@ -202,12 +202,17 @@ class ScheduleOfTheLongerRun(TrainerCallback):
 def save_final(model: Any, processor: Any, path: Path) -> None:
     """Write the trained model as an ordinary latent checkpoint, in the dtype of the checkpoint that it started from.
 
-    LoRA weights are merged in; the adapters lie beside them in `path`/adapter, for PEFT.
+    LoRA weights are merged in; the adapters lie beside them in `path`/adapter, for PEFT. After QLoRA they are merged
+    into the weights that it started from, not into their 4 bits.
     """
     dtype, adapter = model.stored_dtype, None
     if hasattr(model, "merge_and_unload"):
         adapter = path.with_name("adapter.part")
         model.save_pretrained(adapter)
-        model = model.merge_and_unload()
+        if getattr(model, "is_quantized", False):
+            kept = vars(LatentConfig.from_hf(model.config))
+            model, processor = load(adapter, dtype=torch.float32, **kept)
+        else:
+            model = model.merge_and_unload()
     processor.tokenizer.padding_side = "left"
     save(model, processor, path, dtype, adapter)
