@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from future_l1_plugin.data.frames import Backend, read_frames
-from future_l1_plugin.data.records import BadRecordError, RecordReader, text_fault
-from future_l1_plugin.data.sources import Row, data_files, read_rows
+from future_l1_plugin.data.records import BadRecordError, RecordReader, TwiffRecord, text_fault
+from future_l1_plugin.data.sources import Row, RowFault, data_files, read_rows
 from future_l1_plugin.errors import ConfigError, DataError, EnvironmentMismatch
 from future_l1_plugin.journal import Journal, atomic_write, file_mark, json_line, key_of
 
@@ -188,31 +188,37 @@ class _Examined:
 def _examine(row: Row, reader: RecordReader, root: str) -> _Examined:
     """Raises BadRecordError."""
     record = reader.read(row)
+    try:
+        return _examined(row, record, root)
+    except RowFault as fault:
+        raise BadRecordError(row.source, record.id, str(fault), fault.kind) from fault
 
-    def bad(kind: str, reason: str) -> BadRecordError:
-        return BadRecordError(row.source, record.id, reason, kind)
 
+def _examined(row: Row, record: TwiffRecord, root: str) -> _Examined:
+    """Raises RowFault."""
     frames = tuple(sorted({*record.image, *record.reasoning_image}))
     if not frames:
-        raise bad("frames", "no frame is used, neither in the question nor in the reasoning. Name some, or drop it.")
+        raise RowFault(
+            "no frame is used, neither in the question nor in the reasoning. Name some, or drop it.", "frames"
+        )
     if not record.image:
-        raise bad(
-            "no_question_frame",
+        raise RowFault(
             "the question shows no frame (`image` is empty): RL and question_media: video cannot use it, nothing tells "
             "its future. Name frames of the pool, 1..8, or drop it; SFT with question_media: images takes it as text, "
             "from the file as it was.",
+            "no_question_frame",
         )
     if reason := text_fault(record):
-        raise bad("control_token", reason)
+        raise RowFault(reason, "control_token")
     try:
         clean = record.to_dict(root)
     except DataError as error:
-        raise bad("record", str(error)) from error
+        raise RowFault(str(error)) from error
     try:
         line = (json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n").encode()
         content = key_of(row.value)
     except (TypeError, ValueError) as error:  # bytes or dates of parquet; infinities and NaN; half a character
-        raise bad("record", f"cannot be written as JSON ({error}). Take the field out, or write it as text.") from error
+        raise RowFault(f"cannot be written as JSON ({error}). Take the field out, or write it as text.") from error
     return _Examined(record.id, record.video, frames, content, line)
 
 

@@ -28,8 +28,8 @@ from typing import Any
 from tqdm import tqdm
 
 from future_l1_plugin.config import from_mapping, save_recipe
+from future_l1_plugin.data.prompt import RlPrompt, twiff_prompt
 from future_l1_plugin.data.records import TwiffRecord, load_records
-from future_l1_plugin.data.rl import RlPrompt, twiff_prompt
 from future_l1_plugin.data.rollouts import EndpointEngine, Engine, HfEngine, Job, Sampling, each, seed_of
 from future_l1_plugin.data.sft import assistant_content, check_records
 from future_l1_plugin.endpoint import EndpointSettings

@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from future_l1_plugin.data.frames import check_file, pool_indices, uniform_indices
+from future_l1_plugin.data.prompt import RlPrompt, chat_messages
 from future_l1_plugin.data.records import BadRecord
-from future_l1_plugin.data.rl import Prompts, RlPrompt, bad_prompts_error, chat_messages
+from future_l1_plugin.data.rl import Prompts, bad_prompts_error
 from future_l1_plugin.errors import DataError
 
 _THREADS = 8

@@ -23,7 +23,6 @@ Rules that the spellings leave open:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from future_l1_plugin.data.frames import POOL_SIZE
-from future_l1_plugin.data.sources import Row, data_files, is_dataset, read_rows
+from future_l1_plugin.data.sources import Row, RowFault, data_files, is_dataset, listed, named_fields, read_rows
 from future_l1_plugin.errors import ConfigError, DataError
 
 IMAGE = "<image>"
@@ -47,7 +46,6 @@ CONTROL_TOKENS = (
 _PLACEHOLDER = re.compile(r"(<r?image>)")
 _THOUGHT = re.compile(r"THOUGHT\s*\d+\s*:\s*")
 _ANSWER = re.compile(r"<(answer|ans)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
-_SHOWN = 10  # bad records that an error message lists
 
 
 @dataclass(frozen=True)
@@ -123,46 +121,13 @@ class TwiffRecord:
         Raises:
             BadRecordError (a DataError): naming source, id, what is wrong and what to do.
         """
-        if not isinstance(d, Mapping):
-            found = type(d).__name__
-            raise BadRecordError(
-                source, "-", f"a record is an object with named fields, found {found}. Write it again."
-            )
-        # Parquet files hold every column in every row, so None means absent.
-        row = {key: value for key, value in d.items() if value is not None}
-        id = str(row.pop("id", "")) or unnamed or Path(source).name
-
-        def bad(reason: str, kind: str = "record") -> BadRecordError:
-            return BadRecordError(source, id, reason, kind)
-
-        video = row.pop("video", None)
-        if not isinstance(video, str) or not video.strip():
-            raise bad("`video` is missing. Give the path of the clip, relative to the video root.")
-        if video_root is not None:
-            video = os.path.join(os.fspath(video_root), video)
-
-        if "conversations" in row:
-            question, response = _turns(row.pop("conversations"), bad)
-            answer = row.pop("answer", None)
-        else:
-            question, response = row.pop("question", None), row.pop("answer", None)
-            if not isinstance(question, str):
-                raise bad("no human turn: neither `conversations` nor `question` is there. Add one of them.", "turns")
-            if not isinstance(response, str):
-                raise bad("no gpt turn: neither `conversations` nor `answer` is there. Add one of them.", "turns")
-            answer = None
-
-        image = _numbers(row, ("image", "frames", "question_images_index"), bad)
-        future = _numbers(row, ("reasoning_image", "recon_frames", "reasoning_images_index"), bad)
-        return cls(
-            id=id,
-            video=video,
-            question=_place_images(question, image, bad),
-            image=image,
-            reasoning=_parse_reasoning(response, future, bad),
-            answer=_final_answer(answer, response, bad),
-            extras=row,
-        )
+        id = "-"
+        try:
+            row = named_fields(d)
+            id = str(row.pop("id", "")) or unnamed or Path(source).name
+            return cls(id=id, **_parts(row, video_root))
+        except RowFault as fault:
+            raise BadRecordError(source, id, str(fault), fault.kind) from fault
 
     def to_dict(self, video_root: str | os.PathLike | None = None) -> dict[str, Any]:
         """The record as a Future-L1-50K row. `from_dict` reads back an equal record.
@@ -196,48 +161,83 @@ class TwiffRecord:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _turns(conversations: Any, bad) -> tuple[str, str]:
+def _parts(row: dict[str, Any], video_root: str | os.PathLike | None) -> dict[str, Any]:
+    """The attributes of a record but its id; takes them out of `row`. Raises RowFault."""
+    video = row.pop("video", None)
+    if not isinstance(video, str) or not video.strip():
+        raise RowFault("`video` is missing. Give the path of the clip, relative to the video root.")
+    if video_root is not None:
+        video = os.path.join(os.fspath(video_root), video)
+
+    if "conversations" in row:
+        question, response = _turns(row.pop("conversations"))
+        answer = row.pop("answer", None)
+    else:
+        question, response = row.pop("question", None), row.pop("answer", None)
+        if not isinstance(question, str):
+            raise RowFault("no human turn: neither `conversations` nor `question` is there. Add one of them.", "turns")
+        if not isinstance(response, str):
+            raise RowFault("no gpt turn: neither `conversations` nor `answer` is there. Add one of them.", "turns")
+        answer = None
+
+    image = _numbers(row, ("image", "frames", "question_images_index"))
+    future = _numbers(row, ("reasoning_image", "recon_frames", "reasoning_images_index"))
+    return {
+        "video": video,
+        "question": _place_images(question, image),
+        "image": image,
+        "reasoning": _parse_reasoning(response, future),
+        "answer": _final_answer(answer, response),
+        "extras": row,
+    }
+
+
+def _turns(conversations: Any) -> tuple[str, str]:
     """The one human and the one gpt text. Accepts a list of turns, or `datasets`' dict of two columns."""
     if isinstance(conversations, Mapping):
         roles, values = conversations.get("from") or [], conversations.get("value") or []
         if len(roles) != len(values):
-            raise bad(
+            raise RowFault(
                 f"`conversations` holds {len(roles)} roles and {len(values)} texts. Write the row again.", "turns"
             )
         conversations = [{"from": role, "value": value} for role, value in zip(roles, values, strict=True)]
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        raise bad(f"`conversations` is {type(conversations).__name__}, expected a list of {{from, value}}.", "turns")
+        raise RowFault(
+            f"`conversations` is {type(conversations).__name__}, expected a list of {{from, value}}.", "turns"
+        )
     texts: dict[str, list[str]] = {"human": [], "gpt": [], "system": []}
     for turn in conversations:
         role = turn.get("from") if isinstance(turn, Mapping) else None
         if role not in texts:
-            raise bad(f"a turn of `conversations` comes from {role!r}, expected human or gpt. Correct `from`.", "turns")
+            raise RowFault(
+                f"a turn of `conversations` comes from {role!r}, expected human or gpt. Correct `from`.", "turns"
+            )
         if not isinstance(turn.get("value"), str):
-            raise bad(f"the {role} turn has no text in `value`. Add it.", "turns")
+            raise RowFault(f"the {role} turn has no text in `value`. Add it.", "turns")
         texts[role].append(turn["value"])
     for role in ("human", "gpt"):
         if not texts[role]:
-            raise bad(f"no {role} turn in `conversations`. Add one, or drop the record.", "turns")
+            raise RowFault(f"no {role} turn in `conversations`. Add one, or drop the record.", "turns")
         if len(texts[role]) > 1:
-            raise bad(
+            raise RowFault(
                 f"{len(texts[role])} {role} turns, expected one. Split the record into one per question.", "turns"
             )
     return texts["human"][0], texts["gpt"][0]
 
 
-def _numbers(row: dict[str, Any], names: tuple[str, ...], bad) -> list[int]:
+def _numbers(row: dict[str, Any], names: tuple[str, ...]) -> list[int]:
     """Take the one of `names` that is there out of the row and check it."""
     present = [name for name in names if name in row]
     if len(present) > 1:
-        raise bad(f"both `{present[0]}` and `{present[1]}` are there and mean the same. Keep one.", "frames")
+        raise RowFault(f"both `{present[0]}` and `{present[1]}` are there and mean the same. Keep one.", "frames")
     if not present:
         return []
     value = row.pop(present[0])
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise bad(f"`{present[0]}` is {value!r}, expected a list of frame numbers 1..{POOL_SIZE}.", "frames")
+        raise RowFault(f"`{present[0]}` is {value!r}, expected a list of frame numbers 1..{POOL_SIZE}.", "frames")
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= POOL_SIZE:
-            raise bad(
+            raise RowFault(
                 f"`{present[0]}` holds {number!r}; frame numbers are whole and within 1..{POOL_SIZE} (they count the "
                 "frames of the pool, not of the video). Correct it.",
                 "frames",
@@ -245,14 +245,14 @@ def _numbers(row: dict[str, Any], names: tuple[str, ...], bad) -> list[int]:
     return list(value)
 
 
-def _place_images(question: str, image: list[int], bad) -> str:
+def _place_images(question: str, image: list[int]) -> str:
     if not _PLACEHOLDER.sub("", question).strip():
-        raise bad("the question is empty. Add its text.")
+        raise RowFault("the question is empty. Add its text.")
     found = question.count(IMAGE)
     if found == 0:
         return f"{IMAGE}\n" * len(image) + question
     if found != len(image):
-        raise bad(
+        raise RowFault(
             f"the question has {found} `{IMAGE}` and `image` has {len(image)} frames. Make them equal, or remove every "
             f"`{IMAGE}` from the question to put the frames in front.",
             "frames",
@@ -260,11 +260,11 @@ def _place_images(question: str, image: list[int], bad) -> str:
     return question
 
 
-def _parse_reasoning(response: str, future: list[int], bad) -> tuple[Text | Frame, ...]:
+def _parse_reasoning(response: str, future: list[int]) -> tuple[Text | Frame, ...]:
     pieces = _PLACEHOLDER.split(_ANSWER.sub("", response))
     found = len(pieces) // 2  # the split keeps the placeholders: text, placeholder, text, ..., text
     if found != len(future):
-        raise bad(
+        raise RowFault(
             f"the response has {found} image placeholders and `reasoning_image` has {len(future)} frames. Make them "
             "equal: one placeholder for each future frame.",
             "frames",
@@ -279,13 +279,13 @@ def _parse_reasoning(response: str, future: list[int], bad) -> tuple[Text | Fram
     return tuple(parts)
 
 
-def _final_answer(answer: Any, response: str, bad) -> str:
+def _final_answer(answer: Any, response: str) -> str:
     if answer is not None and not isinstance(answer, str):
-        raise bad(f"`answer` is {answer!r}, expected text. Put it in quotes.", "answer")
+        raise RowFault(f"`answer` is {answer!r}, expected text. Put it in quotes.", "answer")
     blocks = _ANSWER.findall(answer or response)
     text = blocks[-1][1] if blocks else (answer or "")
     if not text.strip():
-        raise bad(
+        raise RowFault(
             "the answer is empty. Fill `answer`, or close an <answer> (or <ans>) block in the response.", "answer"
         )
     return text.strip()
@@ -352,9 +352,6 @@ class RecordReader:
 
     def read(self, row: Row) -> TwiffRecord:
         """One row. Raises BadRecordError; the second of two rows with one id is bad."""
-        if isinstance(row.value, json.JSONDecodeError):
-            found = f"{row.value.msg}, column {row.value.colno}"
-            raise BadRecordError(row.source, "-", f"not JSON ({found}). Write the line again.", "not_json")
         record = TwiffRecord.from_dict(row.value, self._root, row.source, row.unnamed)
         if record.id in self._taken:
             reason = f"the id is taken by {self._taken[record.id]}. Ids must differ."
@@ -405,10 +402,9 @@ def load_records(
             bad.append(BadRecord(error.source, error.id, error.reason))
 
     if bad and (on_bad == "raise" or not good):
-        shown = "".join(f"\n  {item.source} (id {item.id}): {item.reason}" for item in bad[:_SHOWN])
-        more = f"\n  and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
         way_on = "" if not good else f" Fix them, or go on with the other {len(good):,} by `on_bad: skip`."
-        raise DataError(f"{data}: {len(bad):,} of {len(good) + len(bad):,} records are bad.{way_on}{shown}{more}")
+        shown = listed([f"{item.source} (id {item.id}): {item.reason}" for item in bad])
+        raise DataError(f"{data}: {len(bad):,} of {len(good) + len(bad):,} records are bad.{way_on}{shown}")
     if not good:
         raise DataError(f"{data}: holds no record. Check that it is what was meant.")
     return Records(good, bad)

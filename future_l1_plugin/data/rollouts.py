@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from future_l1_plugin.data.frames import read_frames
-from future_l1_plugin.data.rl import RlPrompt, chat_messages, encode_prompt
+from future_l1_plugin.data.prompt import RlPrompt, chat_messages, encode_prompt
 from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, NoReply
 from future_l1_plugin.errors import CheckpointError, ConfigError
 
@@ -108,9 +108,7 @@ class HfEngine:
             # Two prompts of one id differ in the frames that they show.
             name = f"{job.prompt.id} {job.prompt.pool}"
             if name not in encoded:
-                prompt = encode_prompt(job.prompt, processor)
-                ids = torch.tensor([prompt.prompt_ids])
-                encoded[name] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.inputs}
+                encoded[name] = encode_prompt(job.prompt, processor).inputs
         rows = [encoded[f"{job.prompt.id} {job.prompt.pool}"] for job in batch]
         inputs = left_padded(rows, processor.tokenizer.pad_token_id, model.device)
         seed = seed_of(self._sampling.seed, *(job.key for job in batch))

@@ -12,26 +12,24 @@ is trained as such (`model.objective`).
 """
 
 import dataclasses
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from future_l1_plugin.data.frames import FrameCache, VideoFrames, check_file, pool_indices
+from future_l1_plugin.data.frames import FrameCache, VideoFrames, check_file
 from future_l1_plugin.data.records import BadRecord, Frame, Records, TwiffRecord, text_fault
+from future_l1_plugin.data.showing import processor_media, question_text, question_video, user_content
+from future_l1_plugin.data.sources import listed
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.latent.tokens import END, LATENT, START
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.template import ASSISTANT_HEADER, IMAGE
 
-_QUESTION_FRAME = re.compile(r"(?:frame_\d+\s*)?<image>\n?")
 IGNORED = -100  # label of positions without cross-entropy
 _TURN = "<|im_start|>"
 _NO_FRAMES = "its question has no frames (`image` is empty), and question_media=video shows them as a video"
@@ -73,10 +71,9 @@ def check_records(records: Records, on_bad: str = "raise", question_media: str =
 def without_bad(records: Records, good: list[TwiffRecord], bad: list[BadRecord], on_bad: str) -> Records:
     """The good ones of `records`; raises as `check_records` does."""
     if bad and (on_bad == "raise" or not good):
-        shown = "".join(f"\n  {item.id}: {item.reason}" for item in bad[:10])
-        more = f"\n  and {len(bad) - 10:,} more" if len(bad) > 10 else ""
         way_on = f" Fix them, or go on with the other {len(good):,} by `on_bad: skip`." if good else ""
-        raise DataError(f"{len(bad):,} of {len(records):,} records cannot be trained on.{way_on}{shown}{more}")
+        shown = listed([f"{item.id}: {item.reason}" for item in bad])
+        raise DataError(f"{len(bad):,} of {len(records):,} records cannot be trained on.{way_on}{shown}")
     return Records(good, [*records.bad, *bad])
 
 
@@ -172,57 +169,6 @@ def too_many_failed(failed: Sequence[BadRecord], most: int) -> str:
 
 def _part(clip: VideoFrames, which: slice) -> VideoFrames:
     return VideoFrames(clip.frames[which], clip.indices[which], clip.fps, clip.total, clip.path, clip.backend)
-
-
-def question_video(clip: VideoFrames, hold: int = 2) -> tuple[Any, Any]:
-    """The question frames as a clip of their own: (uint8 (N * hold, H, W, 3), VideoMetadata).
-
-    Each frame is held for `hold` frames (the model's temporal patch), so that it becomes one temporal patch, as a still
-    image does. Frames are spaced as the frame pool is, whatever lies between them: a cut is a jump.
-    """
-    metadata = clip.metadata()
-    pool = pool_indices(clip.total)
-    metadata.fps = clip.fps * hold / max(1, pool[1] - pool[0])
-    frames = clip.frames.repeat(hold, axis=0)
-    metadata.frames_indices = list(range(len(frames)))
-    metadata.total_num_frames = len(frames)
-    return frames, metadata
-
-
-def processor_media(
-    images: Sequence[Any] = (),
-    videos: Sequence[tuple[Any, Any]] = (),
-    image_size: dict[str, int] | None = None,
-    video_size: dict[str, int] | None = None,
-) -> dict[str, Any]:
-    """The media arguments of a call of the processor: the one way in which SFT, RL and evaluation show pictures.
-
-    Args:
-        images: RGB pictures, PIL or uint8 (H, W, 3).
-        videos: (frames, VideoMetadata) pairs; frames uint8 (N, H, W, 3), none of which is left out.
-        image_size, video_size: {"shortest_edge": .., "longest_edge": ..} in pixels of area. None: the processor's.
-    """
-    media: dict[str, Any] = {}
-    if images:
-        media["images"] = list(images)
-        media["images_kwargs"] = {} if image_size is None else {"size": image_size}
-    if videos:
-        frames, metadata = zip(*videos, strict=True)
-        media["videos"] = list(frames)
-        media["videos_kwargs"] = {"video_metadata": list(metadata), "do_sample_frames": False}
-        media["videos_kwargs"] |= {} if video_size is None else {"size": video_size}
-    return media
-
-
-def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
-    """A picture, in memory or in a file, as RGB. Raises DataError for a file that cannot be read as one."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    try:
-        with Image.open(picture) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError) as error:  # PIL says SyntaxError of a broken PNG
-        raise DataError(f"{picture}: cannot be read as an image ({error})") from error
 
 
 class SftCollator:
@@ -347,32 +293,6 @@ def conversation(
     while IMAGE in response:
         response = response.replace(IMAGE, f"{START}{LATENT * next(lengths)}{END}", 1)
     return prompt, response
-
-
-def question_text(question: str, media: str) -> str:
-    """A record's question as the model reads it: shown as a video, its frames have no place in the text."""
-    return _QUESTION_FRAME.sub("", question) if media == "video" else question
-
-
-def user_content(question: str, media: str, images: int) -> list[dict[str, str]]:
-    """The user turn: text with images where `<image>` stands; without placeholders, and for a video, media come first.
-
-    Args:
-        question: text (`question_text`).
-        media: "images" or "video".
-        images: how many images there are; as many as placeholders, if there are any.
-    """
-    if media == "video":
-        return [{"type": "video"}, {"type": "text", "text": question}]
-    if "<image>" not in question:
-        return [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-    first, *rest = question.split("<image>")
-    content = [{"type": "text", "text": first}] if first else []
-    for piece in rest:
-        content.append({"type": "image"})
-        if piece:
-            content.append({"type": "text", "text": piece})
-    return content
 
 
 def assistant_content(record: TwiffRecord, spans: bool = True) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from future_l1_plugin.errors import DataError, EnvironmentMismatch
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 _KINDS = ", ".join(SUFFIXES)
+_SHOWN = 10  # entries of a list in an error
 _LONG = 2_000  # rows; shorter files are read before a progress bar would be seen
 _DATASET = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -152,15 +153,61 @@ class Row:
     value: Any
 
 
+class RowFault(ValueError):
+    """What is wrong with one row, and what to do; whoever reads the file adds where it stands.
+
+    `kind` sorts faults for counting, see `records.BadRecordError`.
+    """
+
+    def __init__(self, reason: str, kind: str = "record") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def named_fields(value: Any) -> dict[str, Any]:
+    """A row without the fields that are None: parquet files hold every column in every row. Raises RowFault."""
+    if isinstance(value, json.JSONDecodeError):
+        raise RowFault(f"not JSON ({value.msg}, column {value.colno}). Write the line again.", "not_json")
+    if not isinstance(value, Mapping):
+        raise RowFault(f"a row is an object with named fields, found {type(value).__name__}. Write it again.")
+    return {key: field for key, field in value.items() if field is not None}
+
+
+def listed(entries: Sequence[str]) -> str:
+    """The first ten entries, a line each, and how many more there are; begins with a line break."""
+    more = [f"and {len(entries) - _SHOWN:,} more"] if len(entries) > _SHOWN else []
+    return "".join(f"\n  {entry}" for entry in [*entries[:_SHOWN], *more])
+
+
 def read_rows(files: Sequence[Path], label: str = "reading") -> Iterator[Row]:
     """Every row of the files, in order; on a terminal with a bar, once they are many.
 
+    JSON is told from JSON lines by what the file holds, because either is found under the other's name.
+
     Raises DataError for a file that cannot be parsed as a whole, EnvironmentMismatch for .parquet without pyarrow.
     """
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for file, name in zip(files, short_names(files), strict=True):
-        for number, value in _progress(readers[file.suffix.lower()](file), f"{label} {name}"):
+        if file.suffix.lower() == ".parquet":
+            rows = _read_parquet(file)
+        else:
+            rows = _read_jsonl(file) if _has_lines(file) else _read_json(file)
+        for number, value in _progress(rows, f"{label} {name}"):
             yield Row(f"{file}:{number}", f"{name}:{number}", value)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether it holds JSON lines: no list, and a first line that is an object by itself, or is named so."""
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
+        more = any(line.strip() for line in file)
+    if first.startswith(b"["):
+        return False
+    if path.suffix.lower() == ".jsonl":
+        return True
+    try:
+        return more and isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -186,9 +233,7 @@ def _read_json(path: Path) -> list[tuple[int, Any]]:
     if isinstance(rows, Mapping) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: holds {type(rows).__name__}, expected a list of records (one a line: name it .jsonl)."
-        )
+        raise DataError(f"{path}: holds {type(rows).__name__}, expected a list of records, or one on each line.")
     return list(enumerate(rows, start=1))
 
 

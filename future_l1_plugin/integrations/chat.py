@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from future_l1_plugin.data.frames import read_frames
-from future_l1_plugin.errors import DataError
+from future_l1_plugin.data.showing import encode, processor_media, read_picture
 from future_l1_plugin.latent.tokens import LatentTokens
 from future_l1_plugin.model import LatentOutput, generate, load
 
@@ -76,19 +76,14 @@ def answer(
     Raises CheckpointError for a checkpoint without latent tokens, DataError for media that cannot be read.
     """
     clip = None if video is None else read_frames(video, num_frames=num_frames)
-    pictures = [_picture(path) for path in images]
+    pictures = [read_picture(path) for path in images]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load(model_path, device=device)
     content = [{"type": "video"}] if clip else []
     content += [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    media: dict[str, Any] = {"images": pictures} if pictures else {}
-    if clip:
-        media |= {"videos": [clip.frames], "video_metadata": [clip.metadata()], "do_sample_frames": False}
-    inputs = processor(text=[text], return_tensors="pt", **media).to(device)
-    inputs.pop("video_metadata", None)
+    media = processor_media(pictures, [(clip.frames, clip.metadata())] if clip else [])
+    inputs = encode(processor, [{"role": "user", "content": content}], media)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     streamer = SpanStreamer(processor.tokenizer, LatentTokens.from_config(model.config), out or sys.stdout)
     output = generate(
         model,
@@ -101,17 +96,3 @@ def answer(
     )
     streamer.finish()
     return output
-
-
-def _picture(path: str) -> Any:
-    """A PIL image in RGB, whole or not at all."""
-    from PIL import Image, ImageFile
-
-    # Other packages (lmms-eval is one) set this flag for the whole process; half a picture is then grey below.
-    truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:  # missing, a folder, no picture, or cut off
-        raise DataError(f"{path}: expected a whole picture: {error}. Check the path or the file.") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = truncated

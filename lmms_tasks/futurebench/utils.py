@@ -1,14 +1,9 @@
 """FutureBench for lmms-eval: items from a local file or the hub, prompts, scores.
 
-lmms-eval executes this file anew for every `!function` of futurebench.yaml, so nothing here may be costly at import.
-
-An item (schema of futurebench.json in haonan3/V1-33K):
-
-    {"id": .., "video_path": "..video_dataset/a/b.mp4", "question_type": "hop1" | "hop2" | "hop3" | "hop5",
-     "qa": {"Question": .., "Options": {"A": .., "B": .., "C": .., "D": ..}, "Answer": "B"}}
+lmms-eval executes this file anew for every `!function` of futurebench.yaml, so nothing here may be costly at import. An
+item's schema stands in `future_l1_plugin.data.futurebench`.
 """
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -16,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from future_l1_plugin.data.prompts import multiple_choice_prompt
+from future_l1_plugin.data.futurebench import FutureBenchItem, load_items
+from future_l1_plugin.data.sources import listed
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.items import store_items
 from future_l1_plugin.integrations.lmms_eval.provenance import data_hash, provenance
@@ -26,8 +22,6 @@ VERSION = 1.0
 HUB_DATASET, HUB_FILE = "haonan3/V1-33K", "futurebench.json"
 #: question_type of an item -> the metric it counts for
 METRIC_OF_TYPE = {"hop1": "hop1_acc", "hop2": "hop2_acc", "hop3": "hop3_acc", "hop5": "interpolation_acc"}
-LETTERS = ("A", "B", "C", "D")
-SHOWN = 10  # bad items or missing videos that an error lists
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -38,8 +32,7 @@ def __getattr__(name: str) -> Any:
     if name == "dataset_kwargs":
         return {"data_files": {"test": str(prepare())}}
     if name == "metadata":
-        source, items = read_items()
-        docs = check_items(items, source)
+        source, docs = read_docs()
         videos = {doc["video_path"]: video_file(doc) for doc in docs}
         data = {"source": source, "items": len(docs), "hash": data_hash(docs, videos)}
         return {"version": VERSION, "future_l1": provenance(data)}
@@ -54,14 +47,18 @@ def prepare() -> Path:
 
     Raises DataError: no such file, malformed items, missing videos.
     """
-    source, items = read_items()
-    docs = check_items(items, source)
+    _, docs = read_docs()
     check_videos(docs)
     return store_items("futurebench", docs)
 
 
-def read_items() -> tuple[str, list[Any]]:
-    """(what to call the source in errors, raw items) from FUTUREBENCH_DATA or the hub."""
+def read_docs() -> tuple[str, list[dict[str, Any]]]:
+    """(what to call the source in errors, checked items) from FUTUREBENCH_DATA or the hub."""
+    source, path = _file()
+    return source, [item.to_dict() for item in load_items(path, source)]
+
+
+def _file() -> tuple[str, Path]:
     if local := os.environ.get("FUTUREBENCH_DATA"):
         path = Path(local).expanduser()
         if not path.is_file():
@@ -69,97 +66,18 @@ def read_items() -> tuple[str, list[Any]]:
                 f"FUTUREBENCH_DATA={local}: no such file. Expected a JSON or JSONL file of FutureBench items; unset "
                 f"the variable to take {HUB_FILE} from {HUB_DATASET} on the hub."
             )
-        return str(path), _parse(path)
+        return str(path), path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     source = f"{HUB_DATASET}/{HUB_FILE}"
     try:
-        path = Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
+        return source, Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
             f"{source}: cannot be fetched from the hub ({type(error).__name__}: {error}). "
             f"Set FUTUREBENCH_DATA to a local copy of {HUB_FILE}."
         ) from error
-    return source, _parse(path)
-
-
-def _parse(path: Path) -> list[Any]:
-    """Items of a JSON list or a JSONL file."""
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: is not a JSON list: {error}") from error
-    items = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            if line.strip():
-                items.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: is not JSON ({error}). Expected one item a line, or a JSON list."
-            ) from error
-    return items
-
-
-def check_items(items: list[Any], source: str) -> list[dict[str, Any]]:
-    """The items, reduced to the schema. Raises one DataError that names every kind of fault and the first items."""
-    docs, faults, seen = [], [], {}
-    for position, item in enumerate(items):
-        fault = _fault(item)
-        name = f"id {item['id']!r}" if isinstance(item, dict) and "id" in item else f"item {position} (no id)"
-        if fault is None and str(item["id"]) in seen:
-            fault = f"its id is also that of item {seen[str(item['id'])]}"
-        if fault is not None:
-            faults.append(f"{name}: {fault}")
-            continue
-        seen[str(item["id"])] = position
-        qa = item["qa"]
-        docs.append(
-            {
-                "id": str(item["id"]),
-                "video_path": item["video_path"],
-                "question_type": item["question_type"],
-                "qa": {
-                    "Question": qa["Question"],
-                    "Options": {letter: str(qa["Options"][letter]) for letter in LETTERS},
-                    "Answer": qa["Answer"].strip().upper(),
-                },
-            }
-        )
-    if faults:
-        raise DataError(
-            f"{source}: {len(faults)} of {len(items)} items are malformed. Mend or remove them.{_list(faults)}"
-        )
-    if not docs:
-        raise DataError(f"{source}: holds no items")
-    return docs
-
-
-def _fault(item: Any) -> str | None:
-    """What is wrong with a raw item, or None."""
-    if not isinstance(item, dict):
-        return f"expected an object, found {type(item).__name__}"
-    qa = item.get("qa")
-    if missing := [key for key in ("id", "video_path", "question_type", "qa") if item.get(key) in (None, "")]:
-        return f"lacks {', '.join(missing)}"
-    if not isinstance(item["video_path"], str):
-        return f"video_path: expected text, found {item['video_path']!r}"
-    if item["question_type"] not in METRIC_OF_TYPE:
-        return f"question_type: expected one of {', '.join(METRIC_OF_TYPE)}, found {item['question_type']!r}"
-    if not isinstance(qa, dict):
-        return f"qa: expected an object, found {type(qa).__name__}"
-    if not isinstance(qa.get("Question"), str) or not qa["Question"].strip():
-        return f"qa.Question: expected text, found {qa.get('Question')!r}"
-    options = qa.get("Options")
-    if not isinstance(options, dict) or sorted(options) != list(LETTERS):
-        found = sorted(options) if isinstance(options, dict) else options
-        return f"qa.Options: expected the options {', '.join(LETTERS)}, found {found!r}"
-    if not isinstance(qa.get("Answer"), str) or qa["Answer"].strip().upper() not in LETTERS:
-        return f"qa.Answer: expected one of {', '.join(LETTERS)}, found {qa.get('Answer')!r}"
-    return None
 
 
 def check_videos(docs: list[dict[str, Any]]) -> None:
@@ -179,7 +97,7 @@ def check_videos(docs: list[dict[str, Any]]) -> None:
         videos = len({video_file(doc) for doc in docs})
         raise DataError(
             f"{len(bad)} of {videos} videos are missing. Set FUTUREBENCH_VIDEO_DIR to the folder that holds them "
-            f"(it is {os.environ.get('FUTUREBENCH_VIDEO_DIR')!r}), or remove their items.{_list(list(bad.values()))}"
+            f"(it is {os.environ.get('FUTUREBENCH_VIDEO_DIR')!r}), or remove their items.{listed(list(bad.values()))}"
         )
 
 
@@ -188,13 +106,7 @@ def video_file(doc: dict[str, Any]) -> Path:
     root = os.environ.get("FUTUREBENCH_VIDEO_DIR")
     if not root:
         raise ConfigError("FUTUREBENCH_VIDEO_DIR is not set. Set it to the folder that holds the FutureBench videos.")
-    inside = doc["video_path"].rsplit("video_dataset/", 1)[-1].lstrip("/")
-    return Path(root).expanduser() / inside
-
-
-def _list(entries: list[str]) -> str:
-    more = [f"  .. and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
-    return "\n" + "\n".join([f"  {entry}" for entry in entries[:SHOWN]] + more)
+    return FutureBenchItem.from_dict(doc).video_file(root)
 
 
 # ---- prompt ---------------------------------------------------------------------------------------------------------
@@ -208,10 +120,7 @@ def doc_to_visual(doc: dict[str, Any]) -> list[str]:
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
     """The question with its options; what stands around it depends on the model (see the YAML)."""
     around = lmms_eval_specific_kwargs or {}
-    qa = doc["qa"]
-    return multiple_choice_prompt(
-        qa["Question"], qa["Options"], around.get("pre_prompt", ""), around.get("post_prompt", "")
-    )
+    return FutureBenchItem.from_dict(doc).prompt(around.get("pre_prompt", ""), around.get("post_prompt", ""))
 
 
 def doc_to_target(doc: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from future_l1_plugin.cli import main
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.curation import Curation, CurationRecipe, Score, Selection, curate, select
-from future_l1_plugin.data.rl import twiff_prompt
+from future_l1_plugin.data.prompt import twiff_prompt
 from future_l1_plugin.data.rollouts import HfEngine, Job, Sampling, content_of, seed_of
 from future_l1_plugin.endpoint import EndpointError
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch

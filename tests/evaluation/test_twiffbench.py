@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from future_l1_plugin.data.sft import user_content
+from future_l1_plugin.data.showing import user_content
 from future_l1_plugin.endpoint import MalformedReply
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.evaluation.twiffbench import (

@@ -13,7 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 from future_l1_plugin.data import frames, make_world
-from future_l1_plugin.data.rl import RlPrompt, encode_prompt, load_prompts
+from future_l1_plugin.data.prompt import RlPrompt, encode_prompt
+from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.verl import dataset as module
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset, PromptSettings, even_out, prompt_settings
@@ -265,10 +266,10 @@ def test_rollouts_of_a_prompt_decode_its_clip_once(mixed, processor, monkeypatch
 
 
 def test_without_a_cache_every_call_decodes(world, processor, monkeypatch):
-    from future_l1_plugin.data import rl
+    from future_l1_plugin.data import prompt
 
-    calls, read = [], rl.read_frames
-    monkeypatch.setattr(rl, "read_frames", lambda *args, **kwargs: calls.append(args) or read(*args, **kwargs))
+    calls, read = [], prompt.read_frames
+    monkeypatch.setattr(prompt, "read_frames", lambda *args, **kwargs: calls.append(args) or read(*args, **kwargs))
     rows = made(world, section={"frame_cache_mb": 0})
     for _ in range(2):
         LatentRLDataset.encode(rows[0], processor)

@@ -14,7 +14,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from future_l1_plugin.data.rl import EncodedPrompt
+from future_l1_plugin.data.prompt import EncodedPrompt
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.integrations.verl import pixels
 from future_l1_plugin.integrations.verl.agent_loop import LatentAgentLoop, LatentAgentLoopWorker
@@ -37,10 +37,9 @@ def keeper():
 def encoded(seed=0, rows=8):
     values = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
     grid = torch.tensor([[1, 2, rows // 2]])
-    return EncodedPrompt(
-        [1, 2, 3],
-        {"pixel_values_videos": values, "video_grid_thw": grid, "mm_token_type_ids": torch.tensor([[0, 2, 2]])},
-    )
+    ids = torch.tensor([[1, 2, 3]])
+    tokens = {"input_ids": ids, "attention_mask": ids.sign(), "mm_token_type_ids": torch.tensor([[0, 2, 2]])}
+    return EncodedPrompt({**tokens, "pixel_values_videos": values, "video_grid_thw": grid})
 
 
 def batch(*rows):

@@ -12,7 +12,7 @@ from verl.models.transformers.qwen3_vl import get_rope_index
 from verl.utils.dataset import collate_fn
 from verl.utils.torch_functional import postprocess_data
 
-from future_l1_plugin.data.rl import EncodedPrompt
+from future_l1_plugin.data.prompt import EncodedPrompt
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.easyr1.config import LatentDataConfig
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from verl.utils.checkpoint import CHECKPOINT_TRACKER
 
-from future_l1_plugin.data.rl import RlPrompt
+from future_l1_plugin.data.prompt import RlPrompt
 from future_l1_plugin.data.sources import data_files
 from future_l1_plugin.integrations.easyr1.checkpoints import NAME
 from future_l1_plugin.resume import Inputs, hold, newest_whole

@@ -19,7 +19,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.sharding_manager.base import BaseShardingManager
 
-from future_l1_plugin.data.rl import EncodedPrompt
+from future_l1_plugin.data.prompt import EncodedPrompt
 from future_l1_plugin.integrations.easyr1.actor import LATENTS, object_array
 from future_l1_plugin.integrations.easyr1.config import VALIDATE, LatentRolloutConfig
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT, EasyR1Dataset, media
@@ -119,10 +119,7 @@ class LatentRollout(BaseRollout):
 
     def decode(self, prompts: list[EncodedPrompt], sampling: dict[str, Any]) -> LatentOutput:
         """One response a prompt; of the result all but `sequences` and `text` is used."""
-        rows = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt.prompt_ids])
-            rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **media(prompt)})
+        rows = [{name: one.inputs[name] for name in ("input_ids", "attention_mask")} | media(one) for one in prompts]
         tokenizer = self.processor.tokenizer
         return generate(
             self.model,

@@ -9,8 +9,8 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
 from future_l1_plugin.data.frames import read_frames
-from future_l1_plugin.data.sft import processor_media, read_picture
-from future_l1_plugin.errors import ConfigError, DataError
+from future_l1_plugin.data.showing import encode, processor_media, read_picture
+from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.journal import file_mark
 
 
@@ -47,12 +47,7 @@ class InputBuilder:
             image_size=self._size(self.processor.image_processor, 1, 1),
             video_size=self._video_size([len(clip.frames) for clip in clips]) if clips else None,
         )
-        text = self.processor.apply_chat_template(chat.to_hf_messages(), tokenize=False, add_generation_prompt=True)
-        try:
-            encoded = self.processor(text=[text], return_tensors="pt", **media)
-        except ValueError as error:  # smaller than a patch, or an extreme aspect ratio
-            raise DataError(f"the processor refuses its images or videos: {error}") from error
-        return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+        return encode(self.processor, chat.to_hf_messages(), media)
 
     def _video_size(self, frames: list[int]) -> dict[str, int]:
         # The processor bounds the pixels of all frames together. It counts a repeated last frame (an odd number is made

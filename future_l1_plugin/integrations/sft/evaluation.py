@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from future_l1_plugin.data.prompt import encode_prompt, twiff_prompt
 from future_l1_plugin.data.record_lengths import RecordLengths, check_record_lengths
 from future_l1_plugin.data.records import Records, TwiffRecord, load_records
-from future_l1_plugin.data.rl import encode_prompt, twiff_prompt
 from future_l1_plugin.data.sft import SftDataset, check_records
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.latent.spans import spans_of
@@ -122,11 +122,7 @@ class SpanProbe:
 
     def _answers(self, model: Any, records: list[TwiffRecord]) -> list[list[int]]:
         prompts = [encode_prompt(twiff_prompt(record, self.question_media), self.processor) for record in records]
-        samples = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt.prompt_ids])
-            samples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.inputs})
-        inputs = left_padded(samples, self.processor.tokenizer.pad_token_id, model.device)
+        inputs = left_padded([one.inputs for one in prompts], self.processor.tokenizer.pad_token_id, model.device)
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         beyond = model.config.get_text_config().vocab_size  # an id that no answer has

@@ -28,7 +28,8 @@ from torch.utils.data import Dataset
 from future_l1_plugin.config import from_mapping
 from future_l1_plugin.data.frames import FrameCache, VideoFrames
 from future_l1_plugin.data.lengths import check_lengths, too_long
-from future_l1_plugin.data.rl import EncodedPrompt, RlPrompt, chat_messages, encode_prompt, load_prompts
+from future_l1_plugin.data.prompt import EncodedPrompt, RlPrompt, chat_messages, encode_prompt
+from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.rl.prompts import check_judged
 from future_l1_plugin.integrations.rl.settings import checked_rewards

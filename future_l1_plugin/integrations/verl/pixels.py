@@ -93,15 +93,16 @@ def share(uid: str, encoded: Any, dtype: torch.dtype, hashed: bool, keep: bool) 
         keep: let the keeper hold the pixels until the trainer drops them. Without it, as in validation, they go with
             the last reference to them.
     """
-    sent = {name: tensor for name, tensor in encoded.inputs.items() if name in _SENT}
+    inputs = encoded.media
+    sent = {name: tensor for name, tensor in inputs.items() if name in _SENT}
     if not sent:
-        return SharedPrompt(encoded.prompt_ids, dict(encoded.inputs), None)
+        return SharedPrompt(encoded.prompt_ids, inputs, None)
     sent = {name: tensor.to(dtype) if name in _PIXELS else tensor for name, tensor in sent.items()}
     reference = ray.put({name: pack(tensor) for name, tensor in sent.items()} | {HASHES: _hashes(sent, hashed)})
     if keep:
         size = sum(tensor.nbytes for tensor in sent.values())
         ray.get(keeper().put.remote(uid, [reference], size))  # in a list, or Ray would send the pixels themselves
-    inputs = {name: value for name, value in encoded.inputs.items() if name not in _PIXELS}
+    inputs = {name: value for name, value in inputs.items() if name not in _PIXELS}
     return SharedPrompt(encoded.prompt_ids, inputs | {PROMPT: uid}, reference)
 
 

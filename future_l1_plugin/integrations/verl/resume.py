@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from future_l1_plugin.data.rl import RlPrompt
+from future_l1_plugin.data.prompt import RlPrompt
 from future_l1_plugin.data.sources import data_files
 from future_l1_plugin.resume import Inputs, hold
 

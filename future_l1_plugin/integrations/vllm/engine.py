@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from future_l1_plugin.compat import require
-from future_l1_plugin.data.rl import encode_prompt
+from future_l1_plugin.data.prompt import encode_prompt
 from future_l1_plugin.data.rollouts import Job, Sampling, Store, fingerprint, seed_of
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.vllm import overrides, read_config, with_own
@@ -294,6 +294,6 @@ class VllmRollouts:
             encoded = encode_prompt(prompt, processor)
         sampling = {"max_tokens": self._sampling.max_new_tokens, "temperature": self._sampling.temperature}
         return [
-            Ask(job, encoded.prompt_ids, encoded.inputs, seed_of(self._sampling.seed, job.key), sampling, name)
+            Ask(job, encoded.prompt_ids, encoded.media, seed_of(self._sampling.seed, job.key), sampling, name)
             for job in jobs
         ]
