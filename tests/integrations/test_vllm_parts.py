@@ -133,6 +133,8 @@ def test_parameters_of_a_request():
     assert LatentParams.parse(None).budget(rule) == rule
     params = LatentParams.parse({"latent_policy": "vmf", "latent_kappa": 50.0, "latent_limit": 3, "latent_exact": 1})
     assert params.budget(rule) == SpanBudget(3, exact=True) and params.build_policy().kappa(16) == 50.0
+    other = LatentParams.parse({"latent_policy": "laplace", "latent_scale": 0.5})  # of another package
+    assert other.build_policy().scale == 0.5 and other.policy == (("name", "laplace"), ("scale", 0.5))
     assert LatentParams.parse({"somebody_elses": 1}) == LatentParams.parse({})
 
 
@@ -141,7 +143,12 @@ def test_parameters_of_a_request():
     [
         ({"latent_sigm": 1.0}, "unknown key 'latent_sigm'"),
         ({"latent_policy": "vmf"}, "exactly one of kappa"),
-        ({"latent_sigma": 1.0}, "deterministic: unknown key"),
+        (
+            {"latent_sigma": 1.0},
+            "unknown key 'latent_sigma'; valid keys with policy deterministic: ",
+        ),
+        ({"latent_policy": "laplace", "latent_sigma": 1.0}, "valid keys with policy laplace: .*, latent_scale"),
+        ({"latent_policy": ["vmf"]}, r"expected one of .*, found \['vmf'\]"),
         ({"latent_limit": -1}, "latent_limit: expected a whole number"),
         ({"latent_limit": 2.5}, "latent_limit"),
         ({"latent_seed": "x"}, "latent_seed"),

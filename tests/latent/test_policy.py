@@ -4,6 +4,7 @@ Everything is seeded, so a test that passes once passes always. "3 SE" = three s
 """
 
 import math
+import sys
 from itertools import pairwise
 
 import mpmath
@@ -14,7 +15,8 @@ from scipy import integrate, special, stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.latent.policy import POLICIES, build_policy
+from future_l1_plugin.latent import policy as policies
+from future_l1_plugin.latent.policy import build_policy, policy_names
 from future_l1_plugin.latent.sphere import angle_table, concentration, log_normaliser, mean_resultant_length
 
 CPU = torch.device("cpu")
@@ -477,7 +479,7 @@ def test_repr_names_the_settings():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("uniform", {}, "expected one of deterministic, vmf, gaussian, found 'uniform'"),
+        ("uniform", {}, "expected one of deterministic, vmf, gaussian, laplace, found 'uniform'"),
         ("vmf", {"k": 3.0}, "unknown key 'k'; valid keys: kappa, mean_cosine"),
         ("deterministic", {"sigma": 3.0}, "unknown key 'sigma'; it takes none"),
         ("gaussian", {}, "missing key sigma"),
@@ -530,4 +532,61 @@ def test_rows_without_direction():
 
 
 def test_every_policy_is_tested_here():
-    assert {name for name, _ in EVERY} == set(POLICIES)
+    assert {name for name, _ in EVERY} == set(policy_names()) - {"laplace"}
+
+
+# A policy that another package brings, tests/installed
+
+
+def test_an_installed_package_offers_a_policy():
+    policy, mu = build_policy("laplace", scale=0.5), directions(3, 4)
+    z = policy.sample(mu, seeded())
+    expected = stats.laplace(loc=mu.numpy(), scale=0.5).logpdf(z.numpy()).sum(-1)
+    np.testing.assert_allclose(policy.log_prob(mu, z), expected)
+    with pytest.raises(ConfigError, match="latent policy laplace: unknown key 'sigma'; valid keys: scale"):
+        build_policy("laplace", sigma=1.0)
+    with pytest.raises(ConfigError, match="missing key scale"):
+        build_policy("laplace")
+    with pytest.raises(ConfigError, match=r"expected one of .*, found \['laplace'\]"):
+        build_policy(["laplace"])
+
+
+@pytest.mark.parametrize(
+    "entry, module, match",
+    [
+        (
+            "other = other_policy:Other",
+            None,
+            "other, other_policy:Other of other-policy: cannot be imported: No module",
+        ),
+        ("other = other_policy:Other", "", "cannot be imported: .*no attribute 'Other'"),
+        ("other = other_policy:Other", "Other = dict", "expected a subclass of .*Policy, found <class 'dict'>"),
+        (
+            "other = other_policy:Other",
+            "class Other(Policy): name = 'other'; stochastic = True",
+            "lacks sample, place, ",
+        ),
+        ("other = laplace_policy:Laplace", "", "its `name` is 'laplace'. Give entry point and class one name"),
+        ("vmf = laplace_policy:Laplace", "", None),  # our own names stay ours
+    ],
+)
+def test_what_is_wrong_with_an_installed_policy(tmp_path, monkeypatch, entry, module, match):
+    info = tmp_path / "other_policy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-policy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{policies.ENTRY_POINTS}]\n{entry}\n")
+    if module is not None:
+        (tmp_path / "other_policy.py").write_text(f"from future_l1_plugin.latent import Policy\n{module}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_policy", raising=False)
+    for cached in (policies._offered, policies._loaded):
+        cached.cache_clear()
+    try:
+        if match is None:
+            assert isinstance(build_policy("vmf", kappa=1.0), policies.VonMisesFisher)
+            return
+        with pytest.raises(ConfigError, match=match):
+            build_policy("other")
+    finally:
+        for cached in (policies._offered, policies._loaded):
+            cached.cache_clear()

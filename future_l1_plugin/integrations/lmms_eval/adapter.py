@@ -65,7 +65,7 @@ class FutureL1(lmms):
             checkpoint's processor (which for a video bound all its frames together).
         system_prompt: text, or a file that holds it; empty = none. Default: the one in the checkpoint's chat template;
             `convert` puts `future_l1_plugin.model.SYSTEM_PROMPT` there.
-        policy: how latents are drawn around mu: deterministic | vmf | gaussian; policy_kwargs: a JSON object for it.
+        policy: how latents are drawn around mu, a name of `build_policy`; policy_kwargs: a JSON object for it.
         max_latent_token, fixed_latent_budget, loose_latent_budget, infer_latent_multiplier: replace those of the
             checkpoint.
         attn_implementation: of transformers. Engine hf only.

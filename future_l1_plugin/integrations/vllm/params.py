@@ -1,7 +1,7 @@
 """What a request may ask for, in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`, hence flat keys).
 
-latent_policy       deterministic (default) | vmf | gaussian
-latent_kappa, latent_mean_cosine, latent_sigma      the policy's keys, as in `build_policy`
+latent_policy       deterministic (default) | vmf | gaussian | one of an installed package
+latent_KEY          KEY of the policy, as in `build_policy`: latent_mean_cosine, latent_sigma, ..
 latent_seed         whole number, of the latents' noise (default 0); tokens have `SamplingParams.seed`
 latent_limit        latents a span may hold, at least 0 (default: the checkpoint's rule)
 latent_exact        1: the model cannot end a span before the limit (default: the checkpoint's rule)
@@ -12,18 +12,18 @@ latent_return       latents (default) | means (also mu and log p(end), as a roll
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.latent.policy import build_policy
+from future_l1_plugin.latent.policy import build_policy, find_policy
 from future_l1_plugin.latent.policy_base import Policy
 from future_l1_plugin.latent.spans import SpanBudget
 
 RETURNS = ("none", "latents", "means")
 #: The scheduler's own key: latents of a preempted request, on their way back to the worker.
 REPLAY = "_latent_replay"
-_POLICY_KEYS = ("kappa", "mean_cosine", "sigma")
-_KEYS = tuple(f"latent_{key}" for key in ("policy", *_POLICY_KEYS, "seed", "limit", "exact", "head", "return"))
+_KEYS = ("policy", "seed", "limit", "exact", "head", "return")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class LatentParams:
         Raises:
             ConfigError: unknown key, value out of range.
         """
-        given = {key: value for key, value in (extra_args or {}).items() if key.startswith("latent_")}
-        if unknown := sorted(set(given) - set(_KEYS)):
-            raise ConfigError(f"extra_args: unknown key {unknown[0]!r}; valid keys: {', '.join(_KEYS)}")
-        get = {key.removeprefix("latent_"): value for key, value in given.items()}.get
-        policy = {"name": get("policy", "deterministic")} | {k: get(k) for k in _POLICY_KEYS if get(k) is not None}
+        args = extra_args or {}
+        given = {key.removeprefix("latent_"): value for key, value in args.items() if key.startswith("latent_")}
+        get = given.get
+        name = get("policy", "deterministic")
+        own = [key for key in signature(find_policy(name)).parameters if key not in _KEYS]
+        if unknown := sorted(set(given) - {*_KEYS, *own}):
+            valid = ", ".join(f"latent_{key}" for key in (*_KEYS, *own))
+            raise ConfigError(f"extra_args: unknown key 'latent_{unknown[0]}'; valid keys with policy {name}: {valid}")
+        policy = {"name": name} | {key: get(key) for key in own if get(key) is not None}
         build_policy(**policy)
         returns = get("return", "latents")
         if returns not in RETURNS:
