@@ -210,7 +210,10 @@ def _curate(args: argparse.Namespace) -> int:
     if not (shard := re.fullmatch(r"(\d+)/(\d+)", args.shard)):
         raise ConfigError(f"--shard {args.shard}: expected I/N, such as 1/8")
     recipe = load_recipe(args.recipe, CurationRecipe, args.overrides)
-    curated = curate(recipe, (int(shard[1]), int(shard[2])), args.select)
+    vllm = None
+    if recipe.rollouts.engine == "vllm":
+        from future_l1_plugin.integrations.vllm.engine import VllmRollouts as vllm
+    curated = curate(recipe, (int(shard[1]), int(shard[2])), args.select, vllm)
     if curated is None:
         print(f"shard {args.shard} is done. When all are: bring their *.jsonl together in {recipe.output}, --select")
         return 0
@@ -260,7 +263,8 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _probe(args: argparse.Namespace) -> int:
     from future_l1_plugin.data import load_records
-    from future_l1_plugin.evaluation.probe import RecordsToShow, probe
+    from future_l1_plugin.evaluation.probe import RecordsToShow
+    from future_l1_plugin.integrations.lmms_eval.probe import probe
     from future_l1_plugin.report.probe import report_probe
 
     show = None

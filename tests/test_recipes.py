@@ -8,7 +8,7 @@ import yaml
 
 from future_l1_plugin.config import load_recipe, save_recipe
 from future_l1_plugin.data.curation import CurationRecipe
-from future_l1_plugin.integrations.sft.launch import jobs
+from future_l1_plugin.integrations.sft.jobs import jobs
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -20,7 +20,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -183,14 +183,22 @@ class Curation:
     Args:
         recipe: checked.
         shard: (i, n), this process' share of the records, 1 <= i <= n. Shares are the same on every machine.
+        vllm: makes the engine of `rollouts.engine: vllm`, which is above this layer
+            (`integrations.vllm.engine.VllmRollouts`).
 
     Raises:
         ConfigError: a shard that does not exist, or what the engine refuses.
         DataError: records that cannot be used, as `load_records` and `check_records`.
     """
 
-    def __init__(self, recipe: CurationRecipe, shard: tuple[int, int] = (1, 1), progress: bool = True) -> None:
-        self.recipe, self.shard, self._progress = recipe, shard, progress
+    def __init__(
+        self,
+        recipe: CurationRecipe,
+        shard: tuple[int, int] = (1, 1),
+        progress: bool = True,
+        vllm: Callable[..., Engine] | None = None,
+    ) -> None:
+        self.recipe, self.shard, self._progress, self._vllm = recipe, shard, progress, vllm
         part, parts = shard
         if not 1 <= part <= parts:
             raise ConfigError(f"--shard {part}/{parts}: expected I/N with 1 <= I <= N")
@@ -215,9 +223,9 @@ class Curation:
         if rollouts.engine == "hf":
             return HfEngine(hf.model, sampling, hf.batch_size, hf.device, hf.dtype)
         if rollouts.engine == "vllm":
-            from future_l1_plugin.integrations.vllm.engine import VllmRollouts
-
-            return VllmRollouts(vllm.model, sampling, vllm.args, vllm.dtype)
+            if self._vllm is None:
+                raise ConfigError("rollouts.engine: vllm needs its maker, see `Curation`; `future-l1 curate` gives it")
+            return self._vllm(vllm.model, sampling, vllm.args, vllm.dtype)
         return EndpointEngine(self.recipe.endpoint_settings(), sampling)
 
     def jobs(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Job]]:
@@ -475,7 +483,12 @@ class Curated:
     summary: dict[str, Any]
 
 
-def curate(recipe: CurationRecipe, shard: tuple[int, int] = (1, 1), only_select: bool = False) -> Curated | None:
+def curate(
+    recipe: CurationRecipe,
+    shard: tuple[int, int] = (1, 1),
+    only_select: bool = False,
+    vllm: Callable[..., Engine] | None = None,
+) -> Curated | None:
     """Run a shard, and select where all answers are here (a single shard, or `only_select`).
 
     Returns None for one shard of several.
@@ -483,7 +496,7 @@ def curate(recipe: CurationRecipe, shard: tuple[int, int] = (1, 1), only_select:
     Raises:
         ConfigError, DataError, EndpointError: see Curation.
     """
-    curation = Curation(recipe, shard)
+    curation = Curation(recipe, shard, vllm=vllm)
     if not only_select:
         curation.run()
         if shard[1] > 1:

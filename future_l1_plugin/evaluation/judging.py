@@ -22,7 +22,8 @@ from typing import Any
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, NoReply
 from future_l1_plugin.errors import ConfigError, DataError
-from future_l1_plugin.evaluation.compare import clustered_stderr
+from future_l1_plugin.evaluation.results import read_samples, results_file
+from future_l1_plugin.evaluation.statistics import clustered_stderr
 from future_l1_plugin.evaluation.twiffbench import (
     REMINDER,
     SHOWN,
@@ -33,7 +34,6 @@ from future_l1_plugin.evaluation.twiffbench import (
     message_mark,
     read_scores,
 )
-from future_l1_plugin.integrations.lmms_eval.results import read_samples, results_file
 from future_l1_plugin.journal import Journal, atomic_write, key_of
 
 TASK = "twiffbench"

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.data.sft import SftCollator, SftDataset
 from future_l1_plugin.errors import DataError
-from future_l1_plugin.evaluation.compare import Sample, clustered_stderr
+from future_l1_plugin.evaluation.compare import Sample
 from future_l1_plugin.evaluation.interventions import recorded_spans, split_spans
-from future_l1_plugin.integrations.lmms_eval.results import Metric
+from future_l1_plugin.evaluation.statistics import Metric, clustered_stderr
 from future_l1_plugin.journal import key_of
 from future_l1_plugin.latent.tokens import END, START
 from future_l1_plugin.model import LatentConfig, generate

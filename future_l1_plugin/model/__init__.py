@@ -3,9 +3,9 @@
 from future_l1_plugin.model.checkpoint import attach_head, convert, load, save
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.decode import LatentOutput, generate
+from future_l1_plugin.model.export import export
 from future_l1_plugin.model.template import SYSTEM_PROMPT, chat_template
 from future_l1_plugin.model.tiny import make_tiny
-from future_l1_plugin.model.training import export
 
 __all__ = [
     "SYSTEM_PROMPT",

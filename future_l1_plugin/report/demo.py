@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from future_l1_plugin.integrations.lmms_eval.results import Metric
+from future_l1_plugin.evaluation.statistics import Metric
 from future_l1_plugin.report.logs import read_rl_log
 from future_l1_plugin.report.plots import plot_accuracy, plot_clips, plot_curves, plot_rl_curves
 from future_l1_plugin.report.tables import COLUMNS, Run, markdown, paired_difference, percent, read_run, results_table

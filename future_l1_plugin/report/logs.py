@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from future_l1_plugin.errors import DataError
-from future_l1_plugin.integrations.lmms_eval.results import Metric
+from future_l1_plugin.evaluation.statistics import Metric
 
 _VALIDATION = re.compile(r"val-core/(.+)/acc/mean@\d+")
 

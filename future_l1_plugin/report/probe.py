@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from future_l1_plugin.evaluation.probe import Outcome, ProbeResult
-from future_l1_plugin.integrations.lmms_eval.results import Metric
+from future_l1_plugin.evaluation.statistics import Metric
 from future_l1_plugin.journal import atomic_write
 from future_l1_plugin.report.tables import markdown, percent
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.evaluation.compare import Sample, paired
-from future_l1_plugin.integrations.lmms_eval.results import Metric, read_results, read_samples
+from future_l1_plugin.evaluation.results import read_results, read_samples
+from future_l1_plugin.evaluation.statistics import Metric
 
 #: futurebench metric -> column title, in the order of the table.
 COLUMNS = {

@@ -8,7 +8,8 @@ import pytest
 
 from future_l1_plugin import cli
 from future_l1_plugin.errors import DataError
-from future_l1_plugin.evaluation.compare import Sample, clustered_stderr, compare, paired
+from future_l1_plugin.evaluation.compare import Sample, compare, paired
+from future_l1_plugin.evaluation.statistics import clustered_stderr
 
 
 def samples(marks, videos="abcdefgh"):

@@ -23,9 +23,10 @@ from future_l1_plugin.evaluation.interventions import (
     unpacked,
     zeroed,
 )
-from future_l1_plugin.evaluation.probe import BUDGETS, SPOILT, ProbedModel, replacements
+from future_l1_plugin.evaluation.probe import BUDGETS, SPOILT, replacements
 from future_l1_plugin.evaluation.probe_latents import by_hop, frame_features, nearest, retrieval
 from future_l1_plugin.integrations.lmms_eval.engines import HfAnswers
+from future_l1_plugin.integrations.lmms_eval.probe import ProbedModel
 from future_l1_plugin.latent.tokens import END, LATENT, START, LatentTokens
 from future_l1_plugin.model import LatentConfig, LatentOutput, load
 from future_l1_plugin.model.objective import latent_targets

@@ -22,8 +22,8 @@ from PIL import Image
 
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch
+from future_l1_plugin.evaluation.results import read_samples
 from future_l1_plugin.integrations.lmms_eval import Metric, read_results
-from future_l1_plugin.integrations.lmms_eval.results import read_samples
 from future_l1_plugin.integrations.lmms_eval.settings import Generation
 from future_l1_plugin.journal import checkpoint_mark
 from future_l1_plugin.paths import lmms_tasks_dir

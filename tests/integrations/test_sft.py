@@ -17,7 +17,8 @@ from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.hf_trainer.host import HfTrainer
 from future_l1_plugin.integrations.sft import fit, launch
 from future_l1_plugin.integrations.sft.deepspeed import NAMES, configuration, named
-from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, host_of, shared_arguments
+from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, shared_arguments
+from future_l1_plugin.integrations.sft.hosts import host_of
 from future_l1_plugin.integrations.sft.memory import Sharding, Sizes, activations, model_states, with_lora
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.integrations.sft.run import _few

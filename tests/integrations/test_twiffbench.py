@@ -13,7 +13,7 @@ from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
 from future_l1_plugin.data.twiff_world import make_twiffbench
 from future_l1_plugin.errors import ConfigError, DataError
-from future_l1_plugin.integrations.lmms_eval.results import read_results, read_samples, results_file
+from future_l1_plugin.evaluation.results import read_results, read_samples, results_file
 from future_l1_plugin.integrations.lmms_eval.settings import Generation
 from future_l1_plugin.paths import lmms_tasks_dir
 

@@ -18,7 +18,7 @@ from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
 
 import future_l1_plugin.integrations.verl.trainer as ours
-from future_l1_plugin.integrations.verl import plugin
+from future_l1_plugin.integrations.verl import names
 
 SEAMS = [
     (PPOTrainer._compute_old_log_prob, "self, batch, metrics"),
@@ -83,14 +83,14 @@ def test_what_the_worker_s_start_does():
 
 
 def test_names_in_recipes_lead_to_our_classes():
-    assert get_trainer_cls(plugin.TRAINER) is ours.LaDapoTrainer
-    assert EngineRegistry.get_engine_cls("language_model", plugin.ENGINE).__name__ == "LatentEngine"
-    assert get_rollout_class(plugin.ROLLOUT).__name__ == "LatentHFAdapter"
-    assert get_rollout_replica_class(plugin.ROLLOUT).__name__ == "LatentHFReplica"
-    assert agent_loop._agent_loop_registry[plugin.AGENT_LOOP]["_target_"].endswith("agent_loop.LatentAgentLoop")
+    assert get_trainer_cls(names.TRAINER) is ours.LaDapoTrainer
+    assert EngineRegistry.get_engine_cls("language_model", names.ENGINE).__name__ == "LatentEngine"
+    assert get_rollout_class(names.ROLLOUT).__name__ == "LatentHFAdapter"
+    assert get_rollout_replica_class(names.ROLLOUT).__name__ == "LatentHFReplica"
+    assert agent_loop._agent_loop_registry[names.AGENT_LOOP]["_target_"].endswith("agent_loop.LatentAgentLoop")
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-    assert get_adv_estimator_fn(plugin.ADVANTAGE).__module__.endswith("verl.advantage")
+    assert get_adv_estimator_fn(names.ADVANTAGE).__module__.endswith("verl.advantage")
 
 
 def python(code: str) -> subprocess.CompletedProcess:

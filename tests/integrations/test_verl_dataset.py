@@ -118,7 +118,7 @@ def test_a_row(world):
 
 
 def test_the_agent_loop_is_the_one_that_is_registered():
-    from future_l1_plugin.integrations.verl.plugin import AGENT_LOOP
+    from future_l1_plugin.integrations.verl.names import AGENT_LOOP
 
     assert module.AGENT_NAME == AGENT_LOOP
 

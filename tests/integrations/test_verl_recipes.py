@@ -121,7 +121,7 @@ def test_rollouts_are_corrected_where_engines_compute_in_bfloat16():
     [
         ("+latent.wieght=1", "latent: unknown key `wieght`. Did you mean `weight`"),
         ("latent.policy.mean_cosine=2", "mean_cosine"),
-        ("latent.policy.name=vfm", "expected one of deterministic, vmf, gaussian, found 'vfm'"),
+        ("latent.policy.name=vfm", "expected one of deterministic, vmf, gaussian, laplace, found 'vfm'"),
         ("latent.tempering=cube_dim", "latent tempering: expected one of none, sqrt_dim, dim or a number"),
         ("+latent.policy.sigma=1", "unknown key 'sigma'"),
         (

@@ -15,6 +15,7 @@ from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import make_world
 from future_l1_plugin.data.curation import Curation, CurationRecipe
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.vllm.engine import VllmRollouts
 from future_l1_plugin.model import convert, load, save
 from future_l1_plugin.model.tiny import MICRO_BASE
 from future_l1_plugin.paths import lmms_tasks_dir
@@ -233,7 +234,7 @@ def curation(starts, checkpoint, world, tmp_path):
         }
         file = tmp_path / "recipe.yaml"
         file.write_text(json.dumps(values))
-        return Curation(load_recipe(file, CurationRecipe, overrides), progress=False)
+        return Curation(load_recipe(file, CurationRecipe, overrides), progress=False, vllm=VllmRollouts)
 
     return make
 

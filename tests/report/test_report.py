@@ -11,9 +11,9 @@ import pytest
 from future_l1_plugin import cli
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import DataError
-from future_l1_plugin.evaluation.compare import Paired
 from future_l1_plugin.evaluation.probe import Outcome, ProbeResult
 from future_l1_plugin.evaluation.probe_latents import Retrieval
+from future_l1_plugin.evaluation.statistics import Paired
 from future_l1_plugin.integrations.lmms_eval import Metric
 from future_l1_plugin.report import plot_rl_files, report_demo
 from future_l1_plugin.report.logs import RlLog, read_rl_log

@@ -5,6 +5,7 @@
 `read_results` takes the numbers from OUT.
 """
 
-from future_l1_plugin.integrations.lmms_eval.results import Metric, read_results
+from future_l1_plugin.evaluation.results import read_results
+from future_l1_plugin.evaluation.statistics import Metric
 
 __all__ = ["Metric", "read_results"]

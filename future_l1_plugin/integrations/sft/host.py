@@ -79,21 +79,6 @@ class Host(Protocol):
         ...
 
 
-def host_of(recipe: SftRecipe) -> Host:
-    """The one place that decides where a recipe trains.
-
-    Raises:
-        ConfigError, EnvironmentMismatch: the recipe names a checkout of Qwen-VL-Series-Finetune that cannot be used.
-    """
-    if recipe.qwen_vl_finetune.path:
-        from future_l1_plugin.integrations.qwen_vl_finetune.host import QwenVlFinetune
-
-        return QwenVlFinetune(recipe)
-    from future_l1_plugin.integrations.hf_trainer.host import HfTrainer
-
-    return HfTrainer(recipe)
-
-
 def processes() -> int:
     """Processes of this run: torchrun's count. Read before there are arguments, because DeepSpeed wants it in them."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from future_l1_plugin.errors import CheckpointError, ConfigError, EnvironmentMismatch, UserError
 from future_l1_plugin.integrations.sft.deepspeed import check_installed
 from future_l1_plugin.integrations.sft.fit import Device, needs, problem
-from future_l1_plugin.integrations.sft.host import Host, host_of
-from future_l1_plugin.integrations.sft.launch import ONE, Job
+from future_l1_plugin.integrations.sft.host import Host
+from future_l1_plugin.integrations.sft.hosts import host_of
+from future_l1_plugin.integrations.sft.jobs import ONE, Job
 from future_l1_plugin.integrations.sft.memory import Part, Sizes, a_checkpoint
 from future_l1_plugin.integrations.sft.nodes import Nodes
 from future_l1_plugin.integrations.sft.recipe import SftRecipe

@@ -12,7 +12,7 @@ from future_l1_plugin.compat import require_attention
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.errors import ConfigError, UserError
 from future_l1_plugin.integrations.sft import fit
-from future_l1_plugin.integrations.sft.host import host_of
+from future_l1_plugin.integrations.sft.hosts import host_of
 from future_l1_plugin.integrations.sft.nodes import same_for_all
 from future_l1_plugin.integrations.sft.recipe import LatentRecipe, SftRecipe
 from future_l1_plugin.integrations.sft.resume import Start

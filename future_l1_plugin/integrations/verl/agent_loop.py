@@ -25,8 +25,8 @@ from future_l1_plugin.integrations.verl.failures import (
     RequestAborted,
     RolloutError,
 )
+from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.pixels import SharedPrompt, pixel_dtype, share
-from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import latent_section
 from future_l1_plugin.integrations.verl.watch import GO_ON, Asked, agent_loop_worker, words
 from future_l1_plugin.integrations.verl.waves import WaveClient, deal

@@ -35,8 +35,8 @@ from future_l1_plugin.integrations.verl.batch import (
     trained_latents,
 )
 from future_l1_plugin.integrations.verl.lora import add_rows, embeddings_in_the_outermost_unit
+from future_l1_plugin.integrations.verl.names import ENGINE
 from future_l1_plugin.integrations.verl.pixels import restored
-from future_l1_plugin.integrations.verl.plugin import ENGINE
 from future_l1_plugin.integrations.verl.vision import as_images
 from future_l1_plugin.la_dapo import Tempering, angle_between, continue_log_prob_at, latent_log_prob
 from future_l1_plugin.latent import LatentChannel, build_policy

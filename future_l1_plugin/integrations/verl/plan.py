@@ -21,7 +21,7 @@ from future_l1_plugin.compat import require
 from future_l1_plugin.errors import ConfigError, UserError
 from future_l1_plugin.integrations.verl import memory
 from future_l1_plugin.integrations.verl.memory import GIB
-from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
+from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
 from future_l1_plugin.integrations.verl.shape import (
     counts_of,

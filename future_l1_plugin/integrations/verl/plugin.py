@@ -14,12 +14,8 @@ from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
 from wrapt import register_post_import_hook
 
 from future_l1_plugin.compat import require
+from future_l1_plugin.integrations.verl.names import AGENT_LOOP, ROLLOUT, VLLM_ROLLOUT
 
-#: Names that recipes use.
-TRAINER = ADVANTAGE = "la_dapo"
-ENGINE = "fsdp2_latent"
-ROLLOUT, VLLM_ROLLOUT = "latent_hf", "latent_vllm"
-AGENT_LOOP = "future_l1_latent"
 _HERE = __name__.rpartition(".")[0]
 
 

@@ -20,8 +20,8 @@ from vllm.outputs import RequestOutput
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.verl.failures import RequestAborted
+from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT as NAME
 from future_l1_plugin.integrations.verl.pixels import opened
-from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT as NAME
 from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER, Sampling, seed_of
 from future_l1_plugin.integrations.vllm import overrides, read_latents, with_own
 from future_l1_plugin.integrations.vllm.inputs import engine_input

@@ -21,7 +21,7 @@ from future_l1_plugin.compat import require_attention
 from future_l1_plugin.config import from_mapping
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
-from future_l1_plugin.integrations.verl import plugin
+from future_l1_plugin.integrations.verl import names
 from future_l1_plugin.integrations.verl.correction import rollout_correction
 from future_l1_plugin.integrations.verl.unread import check_given, check_unread
 from future_l1_plugin.integrations.vllm.allocator import check_allocator
@@ -155,19 +155,19 @@ def check_host(config: DictConfig) -> None:
     """Refuse what verl offers and latents do not go with. Raises ConfigError with the key and the value to set."""
     model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
     wrong = [
-        (actor.strategy != plugin.ENGINE, "actor_rollout_ref.actor.strategy", actor.strategy, plugin.ENGINE),
-        (config.trainer.v1.trainer_mode != plugin.TRAINER, "trainer.v1.trainer_mode", "", plugin.TRAINER),
+        (actor.strategy != names.ENGINE, "actor_rollout_ref.actor.strategy", actor.strategy, names.ENGINE),
+        (config.trainer.v1.trainer_mode != names.TRAINER, "trainer.v1.trainer_mode", "", names.TRAINER),
         (
-            rollout.name not in (plugin.ROLLOUT, plugin.VLLM_ROLLOUT),
+            rollout.name not in (names.ROLLOUT, names.VLLM_ROLLOUT),
             "actor_rollout_ref.rollout.name",
             rollout.name,
-            f"{plugin.VLLM_ROLLOUT} or {plugin.ROLLOUT}",
+            f"{names.VLLM_ROLLOUT} or {names.ROLLOUT}",
         ),
         (
-            rollout.agent.default_agent_loop != plugin.AGENT_LOOP,
+            rollout.agent.default_agent_loop != names.AGENT_LOOP,
             "actor_rollout_ref.rollout.agent.default_agent_loop",
             rollout.agent.default_agent_loop,
-            plugin.AGENT_LOOP,
+            names.AGENT_LOOP,
         ),
         (not rollout.calculate_log_probs, "actor_rollout_ref.rollout.calculate_log_probs", False, True),
         (
@@ -224,7 +224,7 @@ def check_host(config: DictConfig) -> None:
     for is_wrong, key, found, expected in wrong:
         if is_wrong:
             raise ConfigError(f"{key}: latents need {expected}, found {found}")
-    if rollout.name == plugin.VLLM_ROLLOUT:  # whose engines inherit the environment
+    if rollout.name == names.VLLM_ROLLOUT:  # whose engines inherit the environment
         check_allocator(rollout.get("enable_sleep_mode", True), "actor_rollout_ref.rollout.enable_sleep_mode")
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from future_l1_plugin.errors import CheckpointError
 from future_l1_plugin.integrations.verl.memory import Engine, ModelCounts, Setup, kv_tokens, needed, phases
-from future_l1_plugin.integrations.verl.plugin import VLLM_ROLLOUT
+from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.settings import attention
 
 _WORKER = "actor_rollout_ref"

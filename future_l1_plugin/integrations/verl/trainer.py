@@ -33,8 +33,8 @@ from future_l1_plugin.integrations.verl.failures import NotFinite
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.verl.names import ROLLOUT, TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.pixels import keeper
-from future_l1_plugin.integrations.verl.plugin import ROLLOUT, TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.reward import last_token
 from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER

@@ -1,19 +1,11 @@
 """Read what a run of lmms-eval left behind. No torch, no lmms-eval."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from future_l1_plugin.errors import DataError
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number and its standard error (None where lmms-eval has none: a single sample, or no sample)."""
-
-    value: float | None
-    stderr: float | None
+from future_l1_plugin.evaluation.statistics import Metric
 
 
 def results_file(output_path: str | Path) -> Path:
