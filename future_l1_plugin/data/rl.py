@@ -43,6 +43,7 @@ from future_l1_plugin.data.sources import Row, RowFault, data_files, listed, nam
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.rewards.answer import option_letter
 
+#: What users' scripts take from here.
 __all__ = ["Prompts", "RlPrompt", "encode_prompt", "load_prompts"]
 
 KINDS = ("choice", "maths", "text")

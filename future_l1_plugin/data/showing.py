@@ -6,6 +6,7 @@ needed; where frames are the same, two callers show the model the same numbers.
 
 import os
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from future_l1_plugin.data.frames import VideoFrames, pool_indices
 from future_l1_plugin.errors import DataError
 
+_FLAG = threading.Lock()  # PIL's flag is the process', and prompts are encoded in several threads
 _QUESTION_FRAME = re.compile(r"(?:frame_\d+\s*)?<image>\n?")
 
 
@@ -94,15 +96,16 @@ def read_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
     """A picture, in memory or in a file, as RGB; whole or not at all. Raises DataError for a file that is none."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
-    # Other packages (lmms-eval is one) set this flag for the whole process; half a picture is then grey below.
-    truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with Image.open(picture) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError) as error:  # missing, a folder, cut off; PIL says SyntaxError of a broken PNG
-        raise DataError(f"{picture}: expected a whole picture: {error}. Check the path or the file.") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+    with _FLAG:
+        # Other packages (lmms-eval is one) set this flag for the whole process; half a picture is then grey below.
+        truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            with Image.open(picture) as file:
+                return file.convert("RGB")
+        except (OSError, SyntaxError) as error:  # missing, a folder, cut off; PIL says SyntaxError of a broken PNG
+            raise DataError(f"{picture}: expected a whole picture: {error}. Check the path or the file.") from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = truncated
 
 
 def encode(

@@ -185,23 +185,28 @@ def test_folders_that_need_another_tool_first(tmp_path, files, message):
         assert message.format(tmp_path) in str(error.value)
 
 
-def test_a_run_from_bfloat16(start, tmp_path):
-    """Trained in float32, written in bfloat16; its checkpoint-N is one that any tool reads, or is exported.
-
-    Full from the one start, LoRA from the other.
-    """
-    rank = 0 if json.loads((start / "config.json").read_text())["tie_word_embeddings"] else 2
+def write_recipe(start, tmp_path, lora):
+    """run.yaml: one step of two records."""
     world = make_world(tmp_path / "world", test=0, train=4, seed=0, progress=False)
     rates = {"learning_rate": 0.01, "schedule": "constant", "warmup_ratio": 0.0}
     recipe = {
         "model": str(start),
         "output": str(tmp_path / "run"),
         "data": {"records": str(world.sft), "videos": str(world.videos), "question_media": "video", "workers": 0},
-        "train": rates | {"max_steps": 1, "batch_size": 2, "micro_batch_size": 2, "lora": {"rank": rank}},
+        "train": rates | {"max_steps": 1, "batch_size": 2, "micro_batch_size": 2, "lora": lora},
         "eval": {"prompts": 0},
         "log": {"every": 1, "save_every": 1, "tensorboard": False},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_a_run_from_bfloat16(start, tmp_path):
+    """Trained in float32, written in bfloat16; its checkpoint-N is one that any tool reads, or is exported.
+
+    Full from the one start, LoRA from the other.
+    """
+    rank = 0 if json.loads((start / "config.json").read_text())["tie_word_embeddings"] else 2
+    write_recipe(start, tmp_path, {"rank": rank})
     assert main([str(tmp_path / "run.yaml")]) == 0
     final, checkpoint = tmp_path / "run" / "final", tmp_path / "run" / "checkpoints" / "checkpoint-1"
     assert {value.dtype for value in stored(final).values()} == {torch.bfloat16}
@@ -233,17 +238,7 @@ def test_four_bits_hold_the_layers_that_have_adapters(start):
 
 def test_a_run_with_four_bits(start, tmp_path):
     """`final` has its adapters on the weights that it started from; the run goes on from its checkpoint."""
-    world = make_world(tmp_path / "world", test=0, train=4, seed=0, progress=False)
-    rates = {"learning_rate": 0.01, "schedule": "constant", "warmup_ratio": 0.0}
-    recipe = {
-        "model": str(start),
-        "output": str(tmp_path / "run"),
-        "data": {"records": str(world.sft), "videos": str(world.videos), "question_media": "video", "workers": 0},
-        "train": rates | {"max_steps": 1, "batch_size": 2, "micro_batch_size": 2, "lora": {"rank": 2, "bits": 4}},
-        "eval": {"prompts": 0},
-        "log": {"every": 1, "save_every": 1, "tensorboard": False},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(start, tmp_path, {"rank": 2, "bits": 4})
     assert main([str(tmp_path / "run.yaml")]) == 0
     assert main([str(tmp_path / "run.yaml"), "train.max_steps=2"]) == 0
     final, checkpoint = tmp_path / "run" / "final", tmp_path / "run" / "checkpoints" / "checkpoint-2"
