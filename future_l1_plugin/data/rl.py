@@ -29,7 +29,14 @@ from typing import Any, Literal
 
 from future_l1_plugin.data.frames import check_file
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS, FutureBenchItem, multiple_choice_prompt
-from future_l1_plugin.data.prompt import ALPHABET, RlPrompt, encode_prompt, listed_options, twiff_prompt
+from future_l1_plugin.data.prompt import (
+    ALPHABET,
+    EncodedPrompt,
+    RlPrompt,
+    encode_prompt,
+    listed_options,
+    twiff_prompt,
+)
 from future_l1_plugin.data.records import (
     CONTROL_TOKENS,
     IMAGE,
@@ -44,7 +51,7 @@ from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.rewards.answer import option_letter
 
 #: What users' scripts take from here.
-__all__ = ["Prompts", "RlPrompt", "encode_prompt", "load_prompts"]
+__all__ = ["EncodedPrompt", "Prompts", "RlPrompt", "encode_prompt", "load_prompts"]
 
 KINDS = ("choice", "maths", "text")
 _PLAIN = ("id", "question", "answer", "images", "options", "kind")
