@@ -10,7 +10,7 @@ import yaml
 
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.sft import launch
+from future_l1_plugin.integrations.sft import jobs, launch
 from future_l1_plugin.integrations.sft.nodes import Nodes, same_for_all
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sft.sh"
@@ -52,7 +52,7 @@ def test_the_command_on_a_node(recipe, monkeypatch):
     ):
         with pytest.raises(SystemExit):
             launch.main([recipe, *keys])
-    tail = ["-m", launch.RUN, recipe]
+    tail = ["-m", jobs.RUN, recipe]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     found = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.7", "--master-port"]
     assert started == [
