@@ -278,10 +278,13 @@ def prepare(engine: Any, batch: Any, latent: bool) -> Any:
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import response_from_nested
 
-    from future_l1_plugin.integrations.verl.engine import LATENT, MU, RETURN_MU, latent_settings
+    from future_l1_plugin.integrations.verl.columns import MU, RETURN_MU
+    from future_l1_plugin.la_dapo import LatentScoring
 
     batch = batch.clone() if latent else batch.exclude("latents")
-    own = {LATENT: latent_settings(VMF, "sqrt_dim"), RETURN_MU: True} if latent else {}
+    own = {RETURN_MU: True} if latent else {}
+    if latent:
+        engine.scoring = LatentScoring.build(VMF, "sqrt_dim")
     settings = {"temperature": 1.0, "use_dynamic_bsz": True, "max_token_len_per_gpu": 20480}
     tu.assign_non_tensor(
         batch,
@@ -328,7 +331,7 @@ def actor_passes(path: Path, count: int) -> dict[str, Callable[[], Any]]:
 
     from future_l1_plugin.integrations.verl.engine import LatentEngine
     from future_l1_plugin.integrations.verl.loss import loss_function
-    from future_l1_plugin.la_dapo import LaDapoLoss
+    from future_l1_plugin.la_dapo import LaDapoLoss, LatentScoring
 
     actor = FSDPActorConfig(
         strategy="fsdp2",
@@ -347,7 +350,7 @@ def actor_passes(path: Path, count: int) -> dict[str, Callable[[], Any]]:
     batches = {name: prepare(engine, batch, name == "latent") for name, engine in engines.items()}
     losses = {
         "verl": lambda **given: ppo_loss(actor, **given),
-        "latent": loss_function(LaDapoLoss(), ours.latent.tokens.latent),
+        "latent": loss_function(LaDapoLoss(), LatentScoring.build(VMF, "sqrt_dim"), ours.latent.tokens.latent),
     }
 
     def call(name: str) -> Callable[[], Any]:

@@ -24,9 +24,12 @@ from future_l1_plugin.gpu_check.passes import Rollouts, decode
 from future_l1_plugin.gpu_check.results import Recorder
 from future_l1_plugin.la_dapo import (
     LaDapoLoss,
-    Tempering,
+    LatentScoring,
+    LossInputs,
+    action_log_probs,
     continue_log_prob,
     continue_log_prob_at,
+    kl_at_latents,
     latent_kl,
     latent_log_prob,
     policy_loss,
@@ -34,7 +37,8 @@ from future_l1_plugin.la_dapo import (
 from future_l1_plugin.latent import LatentChannel, build_policy
 from future_l1_plugin.model.config import LatentConfig
 
-POLICY, TEMPERING = build_policy("vmf", mean_cosine=0.9), Tempering("sqrt_dim")  # the recipe's
+SCORING = LatentScoring.build({"name": "vmf", "mean_cosine": 0.9}, "sqrt_dim")  # the recipe's
+POLICY, TEMPERING = SCORING.policy, SCORING.tempering
 LOSS_GAP, GRADIENT_GAP, ADDED_GIB = 0.05, 0.05, 1.0
 END = 3  # an id, in the memory test
 
@@ -133,16 +137,14 @@ def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     at = batch.latent.flatten().nonzero().squeeze(1)
     logits, went_on = continue_log_prob_at(logits, at, tokens.end, torch.ones_like(at, dtype=torch.float32))
     text = logits.float().log_softmax(-1).gather(2, batch.ids[:, start:, None]).squeeze(2)
-    chosen = latent_log_prob(POLICY, channel.mu, torch.cat(batch.latents), TEMPERING) + went_on
-    return text.double().masked_scatter(batch.latent, chosen), channel.mu
+    latents = torch.cat(batch.latents)
+    return action_log_probs(text, batch.latent, SCORING, channel.mu, latents, went_on), channel.mu
 
 
 def step(model: nn.Module, batch: Batch) -> Tensor:
     """The policy loss of the batch."""
     log_prob, mu = forward(model, batch)
-    kl = torch.zeros_like(log_prob).masked_scatter(batch.latent, latent_kl(POLICY, mu, batch.mu_reference, TEMPERING))
-    return policy_loss(
-        LaDapoLoss(),
+    inputs = LossInputs(
         log_prob=log_prob,
         old_log_prob=batch.old,
         advantages=batch.advantages,
@@ -151,8 +153,9 @@ def step(model: nn.Module, batch: Batch) -> Tensor:
         num_text=int(batch.text.sum()),
         num_latents=int(batch.latent.sum()),
         ref_log_prob=batch.reference,
-        latent_kl=kl,
-    )[0]
+        latent_kl=kl_at_latents(log_prob, batch.latent, SCORING, mu, batch.mu_reference),
+    )
+    return policy_loss(LaDapoLoss(), inputs).loss
 
 
 # ---- densities, jagged batches --------------------------------------------------------------------------------------

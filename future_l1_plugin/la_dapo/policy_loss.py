@@ -8,15 +8,15 @@ Departures from DAPO (arXiv 2503.14476), whose asymmetric clip range and token-m
    the span where the model had that choice. It has a clip range of its own, and L_latent a mean of its own: a dozen
    latents would vanish in a mean over hundreds of tokens. A latent whose ratio is clipped passes no gradient, neither
    to mu nor to the choice to go on.
-2. Tokens that the grammar dictates are no actions: `<|latent|>` ids, and end markers that the budget forced. The
-   latents take the place of the former; the latter are in no mask.
+2. Tokens forced by the grammar are not actions: `<|latent|>` ids, and end markers that the budget forced. The latents
+   take the place of the former; the latter are in no mask.
 3. Two KL penalties towards a reference model, which DAPO drops: for tokens the low-variance estimator (k3), for
    latents the exact KL of the policy.
 4. Dual clip for negative advantages (arXiv 1912.09729), for tokens. Latents have none by default: the paper names none,
    and tempered ratios hardly ever reach 3. Without tempering they do: set latent_dual_clip.
 The group filter is `filter.keep_group`; overlong shaping is a matter of rewards.
 
-Departures from the paper's public release, all of them mends:
+Departures from the paper's public release, all of them fixes:
 1. The release's actor never receives the recorded latents: it scores another input than the one that was rolled out.
    Here z goes into the log-density, and hosts feed it through `LatentChannel`.
 2. Its latent log-probability is off by one position. Here z_t goes with mu_t, the hidden state one position before.
@@ -28,12 +28,13 @@ Departures from the paper's public release, all of them mends:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.la_dapo.actions import LossInputs, LossOutputs
 
 #: Log-ratios are cut to +-20 nats and the k3 estimate to +-10, as in verl: e^20 still fits float32.
 MAX_LOG_RATIO, MAX_KL = 20.0, 10.0
@@ -88,72 +89,30 @@ class LaDapoLoss:
             raise ConfigError(f"la_dapo {key}: expected {expected}, found {value!r}")
 
 
-def policy_loss(
-    settings: LaDapoLoss,
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    text_mask: Tensor,
-    latent_mask: Tensor,
-    num_text: float,
-    num_latents: float,
-    ref_log_prob: Tensor | None = None,
-    latent_kl: Tensor | None = None,
-    entropy: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def policy_loss(settings: LaDapoLoss, batch: LossInputs) -> LossOutputs:
     """The share of one micro-batch in the loss of the whole batch.
 
     Everything is divided by the batch's counts, so that losses, gradients and metrics of micro-batches and ranks ADD UP
     to those of the batch. A host whose ranks average gradients (DDP, FSDP) multiplies the loss by the number of ranks.
     What stands outside the masks, NaN and infinity included, reaches neither a value nor a gradient.
 
-    Args:
-        settings: clip ranges and weights.
-        log_prob: floating (B, T), of the model being trained: log p(token), and at latent positions
-            `latent_log_prob` (+ `continue_log_prob`). Everything here is computed in the wider of this and
-            old_log_prob's dtype, at least float32; float64 is best where latents are not tempered.
-        old_log_prob: floating (B, T), the same at the time of the rollout; counts as data.
-        advantages: floating (B, T).
-        text_mask: Bool (B, T), tokens that the model chose.
-        latent_mask: Bool (B, T), positions with a latent; disjoint from text_mask.
-        num_text: tokens in the text masks of the whole batch, over all micro-batches and ranks.
-        num_latents: the same for latents. 0: the latent part is 0.
-        ref_log_prob: floating (B, T), log p(token) of the reference; needed if kl_weight > 0.
-        latent_kl: floating (B, T), `tempering.latent_kl` at latent positions; needed if latent_kl_weight > 0 and the
-            batch has latents.
-        entropy: floating (B, T), of the token distributions, in nats; needed if entropy_weight > 0, else only reported.
-        weights: floating (B, T), of each action's policy loss, clipped as it is: `correction.correction_weights`, where
-            the rollout's policy is not the actor's. Count as data.
-
-    Returns:
-        (loss, metrics, maxima). loss: scalar, always attached to log_prob's graph. metrics: 0-d tensors without
-        gradient, to be added over micro-batches and ranks; a mean over no action is 0. For x in text, latent:
-            x/pg_loss          the policy loss, without its weight
-            x/ratio            mean ratio
-            x/clip_low         share of actions whose gradient the lower end of the clip range cuts (A < 0)
-            x/clip_high        and the upper end (A > 0)
-            x/dual_clip        share cut by the dual clip
-            x/kl_old           mean of old_log_prob - log_prob, an estimate of KL(old || new); latents: tempered
-            x/kl_ref           mean KL to the reference, if given
-            text/entropy       mean entropy, if given
-        maxima: text/ratio_gap and latent/ratio_gap, the largest |ratio - 1|; to be joined by the maximum.
+    Everything is computed in the wider of log_prob's and old_log_prob's dtype, at least float32; float64 is best where
+    latents are not tempered.
 
     Raises:
         ValueError, TypeError: shapes, masks that are not Bool or overlap, a count that is negative, or 0 beside a mask
             that is not empty.
         ConfigError: a KL or an entropy with a weight but without its values.
     """
-    _check_tensors(
-        log_prob, old_log_prob, advantages, ref_log_prob, latent_kl, entropy, weights, text_mask, latent_mask
-    )
-    _check_masks(text_mask, latent_mask, num_text, num_latents)
+    _check_tensors(batch)
+    _check_masks(batch)
+    ref_log_prob, latent_kl, entropy = batch.ref_log_prob, batch.latent_kl, batch.entropy
     if settings.kl_weight and ref_log_prob is None:
         raise ConfigError(
             f"la_dapo: kl_weight={settings.kl_weight:g} needs ref_log_prob, found none. Enable the reference model, or "
             "set kl_weight to 0."
         )
-    if settings.latent_kl_weight and num_latents and latent_kl is None:
+    if settings.latent_kl_weight and batch.num_latents and latent_kl is None:
         raise ConfigError(
             f"la_dapo: latent_kl_weight={settings.latent_kl_weight:g} needs latent_kl, found none. Enable the "
             "reference model and a stochastic latent policy, or set latent_kl_weight to 0."
@@ -163,38 +122,38 @@ def policy_loss(
             f"la_dapo: entropy_weight={settings.entropy_weight:g} needs entropy, found none. Have the host compute it, "
             "or set entropy_weight to 0."
         )
-    dtype = torch.promote_types(torch.promote_types(log_prob.dtype, old_log_prob.dtype), torch.float32)
-    log_prob = log_prob.to(dtype)
+    dtype = torch.promote_types(torch.promote_types(batch.log_prob.dtype, batch.old_log_prob.dtype), torch.float32)
+    log_prob = batch.log_prob.to(dtype)
     # Subtracted before any narrowing: latents have log-densities of 1e4 nats and log-ratios of 1e-2.
-    log_ratio = log_prob - old_log_prob.detach().to(dtype)
-    advantages = advantages.detach().to(dtype)
+    log_ratio = log_prob - batch.old_log_prob.detach().to(dtype)
+    advantages = batch.advantages.detach().to(dtype)
+    weights = None if batch.weights is None else batch.weights.detach().to(dtype)
 
-    weights = None if weights is None else weights.detach().to(dtype)
-
-    text = _clipped(log_ratio, advantages, weights, text_mask, num_text, settings, "")
-    latent = _clipped(log_ratio, advantages, weights, latent_mask, num_latents, settings, "latent_")
+    text_actions, latent_actions = (batch.text_mask, batch.num_text), (batch.latent_mask, batch.num_latents)
+    text = _clipped(log_ratio, advantages, weights, *text_actions, settings, "")
+    latent = _clipped(log_ratio, advantages, weights, *latent_actions, settings, "latent_")
     loss = text["pg_loss"] + settings.latent_weight * latent["pg_loss"]
     maxima = {"text/ratio_gap": text.pop("ratio_gap"), "latent/ratio_gap": latent.pop("ratio_gap")}
 
     if ref_log_prob is not None:
         # Schulman's k3, r - log r - 1 with r = p_ref / p: never negative, exact in expectation under p.
-        gap = torch.where(text_mask, ref_log_prob.detach().to(dtype) - log_prob, 0.0)
+        gap = torch.where(batch.text_mask, ref_log_prob.detach().to(dtype) - log_prob, 0.0)
         gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        text["kl_ref"] = _mean((gap.expm1() - gap).clamp(-MAX_KL, MAX_KL), text_mask, num_text)
+        text["kl_ref"] = _mean((gap.expm1() - gap).clamp(-MAX_KL, MAX_KL), *text_actions)
         if settings.kl_weight:
             loss = loss + settings.kl_weight * text["kl_ref"]
     if latent_kl is not None:
-        latent["kl_ref"] = _mean(latent_kl.to(dtype), latent_mask, num_latents)
+        latent["kl_ref"] = _mean(latent_kl.to(dtype), *latent_actions)
         if settings.latent_kl_weight:
             loss = loss + settings.latent_kl_weight * latent["kl_ref"]
     if entropy is not None:
-        text["entropy"] = _mean(entropy.to(dtype), text_mask, num_text)
+        text["entropy"] = _mean(entropy.to(dtype), *text_actions)
         if settings.entropy_weight:
             loss = loss - settings.entropy_weight * text["entropy"]
 
-    metrics = {f"text/{key}": value.detach() for key, value in text.items()}
-    metrics |= {f"latent/{key}": value.detach() for key, value in latent.items()}
-    return loss, metrics, {key: value.detach() for key, value in maxima.items()}
+    means = {f"text/{key}": value.detach() for key, value in text.items()}
+    means |= {f"latent/{key}": value.detach() for key, value in latent.items()}
+    return LossOutputs(loss, means, {key: value.detach() for key, value in maxima.items()})
 
 
 def _clipped(
@@ -209,7 +168,7 @@ def _clipped(
     """PPO's clipped objective (arXiv 1707.06347, equation 7, as a loss) on the positions of `mask`, and its metrics."""
     low, high = getattr(settings, prefix + "clip_low"), getattr(settings, prefix + "clip_high")
     dual = getattr(settings, prefix + "dual_clip")
-    # Replaced before exp: what stands behind the mask, here or in the advantages, then reaches no gradient either.
+    # Mask before exp, so that NaN outside the mask cannot reach the gradient.
     log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
@@ -238,21 +197,23 @@ def _mean(values: Tensor, mask: Tensor, count: float) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / (count or 1)
 
 
-def _check_tensors(log_prob: Tensor, *others: Tensor | None) -> None:
+def _check_tensors(batch: LossInputs) -> None:
+    log_prob = batch.log_prob
     if log_prob.ndim != 2 or not log_prob.is_floating_point():
         raise ValueError(
             f"la_dapo log_prob: expected floating (B, T), found {log_prob.dtype} of shape {tuple(log_prob.shape)}"
         )
-    names = ("old_log_prob", "advantages", "ref_log_prob", "latent_kl", "entropy", "weights")
-    names += ("text_mask", "latent_mask")
-    for name, tensor in zip(names, others, strict=True):
-        if tensor is not None and tensor.shape != log_prob.shape:
+    for field in fields(batch):
+        tensor = getattr(batch, field.name)
+        if not field.name.startswith("num_") and tensor is not None and tensor.shape != log_prob.shape:
             raise ValueError(
-                f"la_dapo {name}: expected the shape of log_prob, {tuple(log_prob.shape)}, found {tuple(tensor.shape)}"
+                f"la_dapo {field.name}: expected the shape of log_prob, {tuple(log_prob.shape)}, found "
+                f"{tuple(tensor.shape)}"
             )
 
 
-def _check_masks(text_mask: Tensor, latent_mask: Tensor, num_text: float, num_latents: float) -> None:
+def _check_masks(batch: LossInputs) -> None:
+    text_mask, latent_mask = batch.text_mask, batch.latent_mask
     for name, mask in (("text_mask", text_mask), ("latent_mask", latent_mask)):
         if mask.dtype != torch.bool:
             raise TypeError(f"la_dapo {name}: expected torch.bool, found {mask.dtype}; convert it with .bool()")
@@ -266,7 +227,8 @@ def _check_masks(text_mask: Tensor, latent_mask: Tensor, num_text: float, num_la
             f"la_dapo: row {row}, position {position} is in text_mask and in latent_mask; expected disjoint masks. "
             "Take the latent positions out of the text mask: text_mask & ~latent_mask."
         )
-    for name, count, some in (("num_text", num_text, some_text), ("num_latents", num_latents, some_latents)):
+    counts = (("num_text", batch.num_text, some_text), ("num_latents", batch.num_latents, some_latents))
+    for name, count, some in counts:
         if not 0 <= count < math.inf or (some and not count):
             raise ValueError(
                 f"la_dapo {name}: expected the number of positions in the whole batch{', above 0' if some else ''}, "

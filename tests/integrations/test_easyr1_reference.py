@@ -19,10 +19,10 @@ from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
-from future_l1_plugin.integrations.verl.batch import rows
-from future_l1_plugin.integrations.verl.engine import LATENT, MU, LatentEngine, latent_settings
+from future_l1_plugin.integrations.verl.columns import MU, rows
+from future_l1_plugin.integrations.verl.engine import LatentEngine
 from future_l1_plugin.integrations.verl.loss import loss_function
-from future_l1_plugin.la_dapo import LaDapoLoss
+from future_l1_plugin.la_dapo import LaDapoLoss, LatentScoring
 from future_l1_plugin.model.tiny import copy_micro_base
 
 FILE = Path(__file__).with_name("easyr1") / "reference.json"
@@ -76,7 +76,6 @@ def as_batch(found: list[dict], **columns: list[torch.Tensor]) -> TensorDict:
         use_dynamic_bsz=True,
         max_token_len_per_gpu=40,
         use_remove_padding=False,
-        **{LATENT: latent_settings(POLICY, TEMPERING)},
     )
     return batch
 
@@ -99,6 +98,7 @@ def measure(path: Path) -> dict:
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
+    engine.scoring = LatentScoring.build(POLICY, TEMPERING)
     found = fixed_rows()
     with engine.eval_mode():
         output = engine.infer_batch(as_batch(found))["model_output"]
@@ -110,7 +110,7 @@ def measure(path: Path) -> dict:
     means = [vectors(100 + i, row) for i, row in enumerate(found)]
     batch = as_batch(found, old_log_probs=old, ref_log_prob=reference, advantages=advantages, **{MU: means})
     with engine.train_mode():
-        result = engine.forward_backward_batch(batch, loss_function(LaDapoLoss(**SETTINGS), LATENT_ID))
+        result = engine.forward_backward_batch(batch, loss_function(LaDapoLoss(**SETTINGS), engine.scoring, LATENT_ID))
         squares = [float(p.grad.full_tensor().square().sum()) for p in engine.module.parameters() if p.grad is not None]
     return {
         "policy": POLICY,

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
+from future_l1_plugin.integrations.rl.groups import GroupFilter
 from future_l1_plugin.integrations.rl.prompts import check_judged
-from future_l1_plugin.integrations.rl.starved import way_out
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset
 from future_l1_plugin.rewards import RewardSet, Sample, reward_term
 from future_l1_plugin.rewards.accuracy import needs_reader
@@ -118,5 +118,5 @@ def test_verl_s_dataset_asks_the_section_beside_its_own(file):
     ],
 )
 def test_advice_fits_what_was_found(seen, said, not_said):
-    found = way_out(seen, "R", "F")
+    found = GroupFilter((0.1, 0.9), "R", "F").way_out(seen)
     assert re.search(re.escape(said), found) and not_said not in found

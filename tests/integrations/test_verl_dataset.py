@@ -103,13 +103,7 @@ def test_a_row(world):
     ]
     assert question.startswith(item["qa"]["Question"] + "\nA. ")
     assert row["data_source"] == "futurebench/" + item["question_type"]
-    assert row["reward_model"] == {
-        "style": "rule",
-        "ground_truth": item["qa"]["Answer"],
-        "options": item["qa"]["Options"],
-        "kind": "choice",
-        "question": question,
-    }
+    assert row["reward_model"] == {"style": "rule", "ground_truth": item["qa"]["Answer"]}
     assert row["extra_info"] == {"index": 17, "id": item["id"]}
     assert row["index"] == 17
     assert row["rl_limits"] == {"max_prompt_length": 512, "frame_cache_mb": 256}

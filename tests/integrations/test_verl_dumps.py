@@ -6,12 +6,14 @@ import types
 
 import pytest
 import torch
+from rl_rows import a_prompt, rollout_of
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
 pytest.importorskip("verl")
 
 import transfer_queue as tq
 
+from future_l1_plugin.integrations.verl.columns import ROLLOUT
 from future_l1_plugin.integrations.verl.dumps import facts, is_told, is_wanted, with_markers
 from future_l1_plugin.integrations.verl.reward import LatentRewardManager
 from future_l1_plugin.integrations.verl.trainer import LaDapoTrainer
@@ -48,9 +50,8 @@ def scored(tokenizer, config, text):
     manager.max_response_length, manager.with_text = 64, is_wanted(config)
     fields = {
         "response_len": len(ids),
-        "tool_extra_fields": {"latents": torch.zeros(int((ids == manager.tokens.latent).sum()), 4)},
-        "reward_model": {"ground_truth": "B", "kind": "choice", "options": {"A": "left", "B": "right"}},
-        "extra_info": {"id": "a"},
+        "tool_extra_fields": {ROLLOUT: rollout_of(ids, torch.zeros(int((ids == manager.tokens.latent).sum()), 4))},
+        "rl_prompt": a_prompt("a", ground_truth="B", kind="choice", options={"A": "left", "B": "right"}).to_dict(),
     }
     padded = torch.nn.functional.pad(ids, (0, 9), value=tokenizer.pad_token_id)
     item = types.SimpleNamespace(batch={"responses": padded}, non_tensor_batch=fields)

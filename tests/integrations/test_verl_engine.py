@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from la_dapo_losses import loss_of
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
@@ -24,27 +25,19 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
-from future_l1_plugin.integrations.verl.batch import rows, with_ragged_positions
-from future_l1_plugin.integrations.verl.correction import WEIGHTS
-from future_l1_plugin.integrations.verl.engine import (
-    ANGLE,
-    LATENT,
-    MU,
-    RETURN_ANGLE,
-    RETURN_MU,
-    ROLLOUT_MU,
-    LatentEngine,
-    latent_settings,
-)
+from future_l1_plugin.integrations.verl.batch import with_ragged_positions
+from future_l1_plugin.integrations.verl.columns import ANGLE, MEANS, MU, RETURN_ANGLE, RETURN_MU, WEIGHTS, rows
+from future_l1_plugin.integrations.verl.engine import LatentEngine
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.worker import LatentWorker
-from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, continue_log_prob, latent_kl, latent_log_prob, policy_loss
+from future_l1_plugin.la_dapo import LaDapoLoss, LatentScoring, Tempering, continue_log_prob, latent_kl, latent_log_prob
 from future_l1_plugin.latent import LatentChannel, build_policy
 from future_l1_plugin.model import LatentConfig, generate, load, make_tiny
 from future_l1_plugin.model.checkpoint import attach_head, save
 
 TEMPERATURE = 0.8
 VMF = {"name": "vmf", "mean_cosine": 0.9}
+SCORING = LatentScoring.build(VMF, "sqrt_dim")
 STOCK = {}
 
 
@@ -185,7 +178,7 @@ def as_batch(path, model, found):
         use_dynamic_bsz=True,
         max_token_len_per_gpu=600,
         calculate_entropy=True,
-        **{LATENT: latent_settings(VMF, "sqrt_dim"), RETURN_MU: True},
+        **{RETURN_MU: True},
     )
     return batch
 
@@ -210,6 +203,7 @@ def make_engine(path, packed=False, model=None, **settings):
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
+    engine.scoring = SCORING
     return engine
 
 
@@ -254,7 +248,7 @@ def test_the_angle_between_the_rollout_s_mean_and_the_actor_s(rollout):
         aside *= mu.norm(dim=1, keepdim=True) / aside.norm(dim=1, keepdim=True)
         angles.append(torch.tensor([0.0, 0.01, 0.5]).repeat(len(mu))[: len(mu), None])
         means.append((mu * angles[-1].cos() + aside * angles[-1].sin()).float() * 3)  # lengths do not matter
-    batch[ROLLOUT_MU] = torch.nested.as_nested_tensor(means, layout=torch.jagged)
+    batch[MEANS] = torch.nested.as_nested_tensor(means, layout=torch.jagged)
     tu.assign_non_tensor(batch, use_remove_padding=False, **{RETURN_ANGLE: True})
     with engine.eval_mode():
         found_angles = rows(engine.infer_batch(batch)["model_output"][ANGLE])
@@ -312,7 +306,7 @@ def plain_loss(model, found, batch, settings):
     text = mask.bool() & ~latent
     values, kl = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*padded, strict=True))
     weights = batch[WEIGHTS].to_padded_tensor(0) if WEIGHTS in batch else None
-    loss, _, _ = policy_loss(
+    loss, _, _ = loss_of(
         replace(settings, entropy_weight=0.0),
         values,
         columns["old_log_probs"],
@@ -349,7 +343,9 @@ def test_loss_and_gradients_are_those_of_the_stock_model(rollout, packed, correc
     # Micro-batches of one sample or two; a response or more has no span.
     tu.assign_non_tensor(batch, use_remove_padding=packed, max_token_len_per_gpu=120)
     with engine.train_mode():
-        result = engine.forward_backward_batch(batch, loss_function(settings, model.config.latent_id, corrected))
+        result = engine.forward_backward_batch(
+            batch, loss_function(settings, SCORING, model.config.latent_id, corrected)
+        )
         ours = {n: None if p.grad is None else p.grad.full_tensor() for n, p in engine.module.named_parameters()}
     assert len(result["loss"]) > 1
     assert sum(result["loss"]) == pytest.approx(float(expected), abs=1e-5)
@@ -537,7 +533,7 @@ def test_lora_trains_the_rows_of_the_latent_tokens(rollouts, tmp_path, tied):
     tu.assign_non_tensor(batch, use_remove_padding=False)
     with engine.train_mode():
         engine.optimizer_zero_grad()
-        engine.forward_backward_batch(batch, loss_function(LaDapoLoss(), model.config.latent_id))
+        engine.forward_backward_batch(batch, loss_function(LaDapoLoss(), SCORING, model.config.latent_id))
         assert all(p.grad.full_tensor().abs().sum(1).min() > 0 for p in deltas.values())
         engine.optimizer_step()
     with engine.eval_mode():

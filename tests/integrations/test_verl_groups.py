@@ -16,16 +16,18 @@ from omegaconf import OmegaConf
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.rl.groups import NotFinite, RolloutError
+from future_l1_plugin.integrations.rl.metrics import angle_gaps, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.rl.samples import group_rewards
+from future_l1_plugin.integrations.verl.columns import DROPPED
 from future_l1_plugin.integrations.verl.correction import weights_of
-from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, NotFinite, RolloutError
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
 from future_l1_plugin.integrations.verl.keeper import Keeper
-from future_l1_plugin.integrations.verl.metrics import angle_gaps, log_prob_gaps, span_metrics
-from future_l1_plugin.integrations.verl.reward import DROPPED, last_token
+from future_l1_plugin.integrations.verl.reward import last_token
 from future_l1_plugin.integrations.verl.settings import GroupsSection
 from future_l1_plugin.integrations.verl.watch import Asked, Watch
-from future_l1_plugin.la_dapo import RolloutCorrection
+from future_l1_plugin.la_dapo import Rollout, RolloutCorrection
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards import RewardSet, Sample
 
@@ -306,11 +308,16 @@ def test_span_metrics_by_hand():
     ]
     object.__setattr__(samples[0], "span", torch.tensor([0, 0, 1]))
     assert span_metrics(samples, TOKENS) == {
-        "latent/spans_a_response": 1.0,
-        "latent/latents_a_span": 1.0,
+        "latent/spans_per_response": 1.0,
+        "latent/latents_per_span": 1.0,
         "latent/responses_with_span": 0.75,
         "latent/adjacent_cosine": 0.0,
     }
+
+
+def rollouts(responses, masks, log_probs):
+    none = torch.empty(0, 4)
+    return [Rollout(*row, none) for row in zip(responses, [mask.bool() for mask in masks], log_probs, strict=True)]
 
 
 def test_log_prob_gaps_by_hand():
@@ -318,7 +325,7 @@ def test_log_prob_gaps_by_hand():
     masks = [torch.tensor([1, 1, 0]), torch.tensor([1])]  # the end marker was forced
     rollout = [torch.tensor([-1.0, 5.0, 0.0]), torch.tensor([3.0])]
     actor = [torch.tensor([-1.5, 5.0, -9.0]), torch.tensor([3.5])]
-    assert log_prob_gaps(responses, masks, rollout, actor, TOKENS) == {
+    assert log_prob_gaps(rollouts(responses, masks, rollout), actor, TOKENS) == {
         "rollout_gap/text_mean": 0.5,
         "rollout_gap/text_p50": 0.5,
         "rollout_gap/text_p99": 0.5,
@@ -335,7 +342,7 @@ def test_gaps_have_quantiles_and_angles():
     values = torch.arange(101.0)[torch.randperm(101, generator=torch.Generator().manual_seed(0))]
     expected = {"mean": 50.0, "p50": 50.0, "p99": 99.0, "max": 100.0}
     ones = torch.ones(101).long()
-    gaps = log_prob_gaps([ones], [ones], [values], [torch.zeros(101)], TOKENS)
+    gaps = log_prob_gaps(rollouts([ones], [ones], [values]), [torch.zeros(101)], TOKENS)
     assert gaps == {f"rollout_gap/text_{key}": value for key, value in expected.items()}
     angles = angle_gaps([values[:40, None], torch.zeros(0, 1), values[40:, None]])
     assert angles == {f"rollout_gap/angle_{key}": value for key, value in expected.items()}
@@ -348,7 +355,7 @@ def test_weights_of_text_and_latents_by_hand():
     masks = [torch.tensor([1, 1, 0]), torch.tensor([1])]
     rollout = [torch.tensor([-1.0, 1000.0, 0.0]).double(), torch.tensor([3.0]).double()]
     actor = [rollout[0] + torch.tensor([2.0, 2.718281828, 1.0]).log(), rollout[1] + torch.tensor([0.5]).log()]
-    weights, metrics = weights_of(RolloutCorrection(upper=2.1), responses, masks, rollout, actor, TOKENS)
+    weights, metrics = weights_of(RolloutCorrection(upper=2.1), rollouts(responses, masks, rollout), actor, TOKENS)
     assert [row.tolist() for row in weights] == [pytest.approx([2.0, 2.1, 0.0]), pytest.approx([0.5])]
     assert metrics == pytest.approx(
         {

@@ -15,6 +15,7 @@ from verl.workers.config.rollout import CheckpointEngineConfig
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.verl import rollout_server
+from future_l1_plugin.integrations.verl.columns import ROLLOUT
 from future_l1_plugin.integrations.verl.rollout import LatentHFAdapter, LatentHFReplica
 from future_l1_plugin.integrations.verl.rollout_server import LatentHFServer
 from future_l1_plugin.la_dapo import Tempering, continue_log_prob, latent_log_prob
@@ -138,9 +139,10 @@ def test_a_mixed_batch_answers_like_single_prompts(server, path, mixed):
     for (_, inputs), answer in zip(mixed, answers, strict=True):
         alone = generate(model, inputs, max_new_tokens=STEPS)
         assert answer.token_ids == alone.responses[0].tolist()
-        assert answer.extra_fields["forced"] == alone.forced[0].long().tolist()
+        latent = alone.responses[0] == model.config.latent_id
+        assert torch.equal(answer.extra_fields[ROLLOUT].actions, ~alone.forced[0] | latent)
         assert answer.stop_reason == "completed"
-        torch.testing.assert_close(answer.extra_fields["latents"], alone.latents[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(answer.extra_fields[ROLLOUT].latents, alone.latents[0], atol=1e-4, rtol=0)
     assert len({len(answer.token_ids) for answer in answers}) > 1
 
 
@@ -163,7 +165,7 @@ def test_log_probs_equal_a_teacher_forced_pass(server, path, mixed, policy, temp
     model, _ = load(path, dtype=torch.float32, attn_implementation="sdpa")
     tokens, checked = LatentConfig.from_hf(model.config).tokens, 0
     for (_, inputs), answer in zip(mixed, answers, strict=True):
-        response, latents = torch.tensor([answer.token_ids]), answer.extra_fields["latents"]
+        response, latents = torch.tensor([answer.token_ids]), answer.extra_fields[ROLLOUT].latents
         assert latents.dtype == torch.float32 and latents.shape == (answer.token_ids.count(tokens.latent), 128)
         start = inputs["input_ids"].shape[1]
         replay = inputs | {"input_ids": torch.cat([inputs["input_ids"], response], 1)}
@@ -178,10 +180,10 @@ def test_log_probs_equal_a_teacher_forced_pass(server, path, mixed, policy, temp
         density = latent_log_prob(build_policy(**policy), channel.mu, latents, Tempering(tempering))
         if not exact:
             density = density + continue_log_prob(logits[latent], tokens.end, 0.8)
-        forced = torch.tensor(answer.extra_fields["forced"]).bool()
-        expected[forced] = 0.0
+        rollout = answer.extra_fields[ROLLOUT]
+        expected[~rollout.actions] = 0.0
         expected[latent] = density
-        torch.testing.assert_close(torch.tensor(answer.log_probs, dtype=torch.float64), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(rollout.log_probs, expected, atol=1e-4, rtol=0)
         checked += len(latents)
     assert checked > 5
 
@@ -194,7 +196,7 @@ def test_returned_latents_are_those_that_were_fed(path, mixed):
     text = server._model.model.language_model
     text.layers[0].register_forward_pre_hook(lambda module, args: fed.append(args[0][0, -1].float()))
     (answer,) = ask_wave(server, mixed[:1], temperature=0)
-    latents = answer.extra_fields["latents"]
+    latents = answer.extra_fields[ROLLOUT].latents
     latent_id = server._model.config.latent_id
     # Pass j + 1 is fed what was chosen in pass j; the last choice is never fed.
     chosen = [fed[j + 1] for j, token in enumerate(answer.token_ids[:-1]) if token == latent_id]
@@ -204,8 +206,8 @@ def test_returned_latents_are_those_that_were_fed(path, mixed):
 def test_text_alone_brings_empty_latents(server, processor):
     """A response without a span: verl drops a field that is missing on any sample."""
     (answer,) = ask_wave(server, [prompt(processor, "Hm?")], max_tokens=1, temperature=0)
-    assert len(answer.token_ids) == len(answer.log_probs) == 1
-    assert answer.extra_fields["latents"].shape == (0, 128)
+    assert len(answer.token_ids) == len(answer.extra_fields[ROLLOUT].log_probs) == 1
+    assert answer.extra_fields[ROLLOUT].latents.shape == (0, 128)
     assert answer.extra_fields["global_steps"] is None
 
 
@@ -213,9 +215,8 @@ def test_text_alone_brings_empty_latents(server, processor):
 
 
 def same(a, b):
-    return (a.token_ids, a.log_probs) == (b.token_ids, b.log_probs) and torch.equal(
-        a.extra_fields["latents"], b.extra_fields["latents"]
-    )
+    pairs = zip(vars(a.extra_fields[ROLLOUT]).values(), vars(b.extra_fields[ROLLOUT]).values(), strict=True)
+    return a.token_ids == b.token_ids and all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_a_wave_does_not_depend_on_the_order_of_arrival(server, mixed):
@@ -225,7 +226,9 @@ def test_a_wave_does_not_depend_on_the_order_of_arrival(server, mixed):
         order = random.Random(seed).sample(range(len(prompts)), len(prompts))
         again = ask_wave(server, prompts, order, max_tokens=12)
         assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    assert len({tuple(first[i].log_probs) for i in (0, 2, 5, 7, 9)}) > 2  # a group is not one response five times
+    assert (
+        len({tuple(first[i].extra_fields[ROLLOUT].log_probs.tolist()) for i in (0, 2, 5, 7, 9)}) > 2
+    )  # a group is not one response five times
     for other in ({"name": "v"}, {"seed": 1}):
         again = ask_wave(server, prompts, max_tokens=12, **other)
         assert sum(same(a, b) for a, b in zip(first, again, strict=True)) <= 2  # some stop at once, by chance
@@ -465,7 +468,7 @@ def test_a_latent_head_is_among_the_weights(tiny_path, tmp_path, mixed):
 
         run(update())
         (answer,) = ask_wave(server, mixed[:1], policy=DETERMINISTIC, temperature=0)
-        return answer.extra_fields["latents"][0]
+        return answer.extra_fields[ROLLOUT].latents[0]
 
     before, after = first_latent({}), first_latent({name: 2 * state[name] for name in head})
     assert len(head) >= 2 and not torch.allclose(before, after, atol=1e-3)

@@ -114,7 +114,7 @@ def test_rollout_and_actor_agree(first):
 def test_each_step_reports_what_a_user_looks_for(first):
     for name in (
         *("reward", "reward/accuracy", "reward/format", "reward/r_ctr", "reward/r_div"),
-        *("latent/spans_a_response", "latent/latents_a_span", "latent/responses_with_span"),
+        *("latent/spans_per_response", "latent/latents_per_span", "latent/responses_with_span"),
         *("rollout_gap/text_mean", "rollout_gap/latent_mean", "actor/text/ratio", "actor/latent/ratio"),
         *("actor/text/clip_high", "actor/latent/clip_high", "actor/latent/clip_low", "actor/text/kl_ref"),
         *("actor/latent/kl_ref", "groups/filtered", "groups/accuracy", "groups/rounds", "actor/grad_norm"),

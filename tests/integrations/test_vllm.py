@@ -468,8 +468,9 @@ def test_vllm_s_memory_profile_sees_what_a_rollout_needs(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_latents_and_means_leave_as_they_were_drawn(vllm, reference, dtype):
-    """Bit by bit and in the model's dtype, through both processes and the response's JSON: 16 bits of a bfloat16."""
+@pytest.mark.parametrize("form", ["text", "bytes"])
+def test_latents_and_means_leave_as_they_were_drawn(vllm, reference, dtype, form):
+    """Bit by bit and in the model's dtype, through both processes and, as text, a response's JSON."""
     import json
     import pickle
 
@@ -491,13 +492,15 @@ def test_latents_and_means_leave_as_they_were_drawn(vllm, reference, dtype):
         num_prompt_tokens=4,
         output_token_ids=[tokens.start, *[tokens.latent] * 3],
         is_finished=lambda: True,
-        sampling_params=SimpleNamespace(extra_args={"latent_return": "means"}),
+        sampling_params=SimpleNamespace(extra_args={"latent_return": "means", "latent_form": form}),
     )
-    sent = json.loads(json.dumps(connector.request_finished(request, ())[1]))
+    sent = connector.request_finished(request, ())[1]
+    sent = json.loads(json.dumps(sent)) if form == "text" else pickle.loads(pickle.dumps(sent))
     got = unpack(sent)
     assert got.latents.dtype == got.means.dtype == dtype and got.end_logprobs.dtype == torch.float32
     assert torch.equal(got.latents, z) and torch.equal(got.means, mu)
-    assert len(sent["latents"]["latents"]["data"]) == 3 * 8 * dtype.itemsize * 4 // 3
+    size = 3 * 8 * dtype.itemsize
+    assert len(sent["latents"]["latents"]["data"]) == (size * 4 // 3 if form == "text" else size)
     assert connector._kept == {}
 
 

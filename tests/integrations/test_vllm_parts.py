@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import msgspec
 import pytest
 import torch
 from scipy import stats
@@ -14,7 +15,7 @@ from future_l1_plugin.integrations.vllm.allocator import check_allocator
 from future_l1_plugin.integrations.vllm.media import media_hashes
 from future_l1_plugin.integrations.vllm.noise import draw, uniforms
 from future_l1_plugin.integrations.vllm.params import LatentParams
-from future_l1_plugin.integrations.vllm.results import forced_ids, pack, unpack
+from future_l1_plugin.integrations.vllm.results import Latents, forced_ids, pack, unpack
 from future_l1_plugin.integrations.vllm.spans import SpanTable
 from future_l1_plugin.latent import LatentTokens, SpanMachine, build_policy
 from future_l1_plugin.latent.spans import SpanBudget
@@ -154,6 +155,7 @@ def test_parameters_of_a_request():
         ({"latent_seed": "x"}, "latent_seed"),
         ({"latent_exact": 2}, "latent_exact"),
         ({"latent_return": "all"}, "expected one of none, latents, means"),
+        ({"latent_form": "json"}, "latent_form: expected one of text, bytes"),
     ],
 )
 def test_wrong_parameters(given, match):
@@ -161,9 +163,19 @@ def test_wrong_parameters(given, match):
         LatentParams.parse(given)
 
 
-def test_results_survive_the_way_through_json():
+def through_json(value):
+    return json.loads(json.dumps(value))
+
+
+def through_msgpack(value):
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(value))
+
+
+@pytest.mark.parametrize(("form", "there_and_back"), [("text", through_json), ("bytes", through_msgpack)])
+def test_results_survive_the_way_through_http_and_between_processes(form, there_and_back):
     latents = torch.randn(3, 4).bfloat16()
-    params = json.loads(json.dumps(pack(latents=latents, forced=torch.tensor([True, False]), means=torch.empty(0, 4))))
+    sent = Latents(latents, torch.tensor([True, False]), means=torch.empty(0, 4))
+    params = there_and_back(pack(sent, form))
     got = unpack(params)
     assert torch.equal(got.latents, latents) and got.latents.dtype == torch.bfloat16
     assert got.forced.tolist() == [True, False] and got.means.shape == (0, 4) and got.end_logprobs is None

@@ -4,7 +4,7 @@ import sys
 from datetime import timedelta
 
 import torch
-from test_verl_engine import as_batch, make_engine, roll_out, trainable
+from test_verl_engine import SCORING, as_batch, make_engine, roll_out, trainable
 from verl.utils import tensordict_utils as tu
 
 from future_l1_plugin.integrations.verl.loss import loss_function
@@ -31,7 +31,9 @@ def main(path: str, rank: int, store: str) -> None:
             batch = trainable(as_batch(path, model, rows), rows, model)
             tu.assign_non_tensor(batch, use_remove_padding=False, calculate_entropy=False)
             with engine.train_mode():
-                result = engine.forward_backward_batch(batch, loss_function(LaDapoLoss(), model.config.latent_id))
+                result = engine.forward_backward_batch(
+                    batch, loss_function(LaDapoLoss(), SCORING, model.config.latent_id)
+                )
                 assert len(result["loss"]) == 1  # one micro-batch
             print("passed", frozen, case, flush=True)
 

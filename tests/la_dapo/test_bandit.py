@@ -10,9 +10,10 @@ import math
 
 import pytest
 import torch
+from la_dapo_losses import loss_of
 from torch.nn.functional import cosine_similarity, normalize
 
-from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, group_advantage, latent_kl, latent_log_prob, policy_loss
+from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, group_advantage, latent_kl, latent_log_prob
 from future_l1_plugin.latent import build_policy
 
 GROUPS, SIZE = 4, 8
@@ -50,7 +51,7 @@ def climb(policy, curvature, rule, mu, reward, steps, step, settings=SETTINGS, r
         for _ in range(inner):
             new = latent_log_prob(policy, mu.expand(n, d), z, tempering)[:, None]
             kl = latent_kl(policy, mu, reference, tempering).expand(n)[:, None] if reference is not None else None
-            loss, metrics, _ = policy_loss(
+            loss, metrics, _ = loss_of(
                 settings, new, old, advantages, nowhere, everywhere, num_text=0, num_latents=n, latent_kl=kl
             )
             (gradient,) = torch.autograd.grad(loss, mu)
@@ -141,7 +142,7 @@ def test_a_tempered_kl_balances_the_reward_at_the_same_mu():
         kl = latent_kl(policy, rows, reference.expand(n, d), Tempering(rule))[:, None]
         everywhere = torch.ones(n, 1, dtype=torch.bool)
         settings = LaDapoLoss(kl_weight=0.0, latent_weight=1.0, latent_kl_weight=weight)
-        loss, _, _ = policy_loss(
+        loss, _, _ = loss_of(
             settings, log_prob, log_prob.detach(), (z @ target[0])[:, None], ~everywhere, everywhere, 0, n, latent_kl=kl
         )
         (gradient,) = torch.autograd.grad(loss, rows)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from la_dapo_losses import loss_of
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.la_dapo import (
@@ -12,7 +13,6 @@ from future_l1_plugin.la_dapo import (
     Tempering,
     correction_weights,
     latent_log_prob,
-    policy_loss,
 )
 from future_l1_plugin.latent import build_policy
 
@@ -63,7 +63,7 @@ def test_weights_are_data_and_multiply_what_is_left_after_clipping():
     parts = [correction_weights(RolloutCorrection(upper=3.0), old, rollout, mask)[0] for mask in (text, ~text)]
     assert not any(part.requires_grad for part in parts)
     settings = LaDapoLoss(kl_weight=0.25, latent_kl_weight=0.5)
-    loss, metrics, _ = policy_loss(
+    loss, metrics, _ = loss_of(
         settings,
         log_prob,
         old,
@@ -138,7 +138,7 @@ def test_without_latents_weights_and_loss_equal_verl(verl_algorithms, threshold,
     (gradient,) = torch.autograd.grad(expected, new)
     settings = LaDapoLoss(kl_weight=0.0, latent_kl_weight=0.0)
     empty = torch.zeros_like(mask)
-    loss, _, _ = policy_loss(settings, new, old, advantages, mask, empty, int(mask.sum()), 0, weights=ours)
+    loss, _, _ = loss_of(settings, new, old, advantages, mask, empty, int(mask.sum()), 0, weights=ours)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
     torch.testing.assert_close(torch.autograd.grad(loss, new)[0], gradient, rtol=1e-5, atol=1e-8)
 
@@ -151,4 +151,4 @@ def test_errors():
         correction_weights(RolloutCorrection(), torch.zeros(2), torch.zeros(3), torch.ones(2).bool())
     with pytest.raises(ValueError, match=r"la_dapo weights: expected the shape of log_prob, \(1, 2\), found \(2,\)"):
         zeros, mask = torch.zeros(1, 2), torch.ones(1, 2).bool()
-        policy_loss(LaDapoLoss(), zeros, zeros, zeros, mask, ~mask, 2, 0, weights=torch.zeros(2))
+        loss_of(LaDapoLoss(), zeros, zeros, zeros, mask, ~mask, 2, 0, weights=torch.zeros(2))

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from la_dapo_losses import loss_of
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, latent_kl, latent_log_prob, policy_loss
+from future_l1_plugin.la_dapo import LaDapoLoss, Tempering, latent_kl, latent_log_prob
 from future_l1_plugin.latent import build_policy
 
 NAN, INF = math.nan, math.inf
@@ -67,7 +68,7 @@ def test_defaults_are_the_papers():
 
 
 def test_value_by_hand():
-    loss, metrics, maxima = policy_loss(LaDapoLoss(), **by_hand())
+    loss, metrics, maxima = loss_of(LaDapoLoss(), **by_hand())
     assert loss.shape == () and loss.dtype == torch.float64 and loss.requires_grad
     assert float(loss.detach()) == pytest.approx(TEXT + 0.5 * LATENT + 0.01 * KL_TEXT + 0.01 * KL_LATENT, rel=1e-12)
     expected = {
@@ -112,7 +113,7 @@ def test_value_by_hand():
 )
 def test_each_setting_by_hand(changes, expected):
     settings = LaDapoLoss(**{"kl_weight": 0.0, "latent_kl_weight": 0.0} | changes)
-    loss, metrics, _ = policy_loss(settings, **by_hand())
+    loss, metrics, _ = loss_of(settings, **by_hand())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
     # A KL that is given is reported, whatever its weight.
     assert float(metrics["text/kl_ref"]) == pytest.approx(KL_TEXT)
@@ -122,13 +123,13 @@ def test_each_setting_by_hand(changes, expected):
 def test_gradient_by_hand_and_nothing_leaks_from_outside_the_masks(dtype):
     # NaN and infinity stand outside the masks of every argument.
     inputs = by_hand(dtype)
-    policy_loss(LaDapoLoss(kl_weight=0.0), **inputs)[0].backward()
+    loss_of(LaDapoLoss(kl_weight=0.0), **inputs)[0].backward()
     torch.testing.assert_close(inputs["log_prob"].grad, torch.tensor(GRADIENT, dtype=dtype), rtol=1e-4, atol=1e-6)
     expected = torch.tensor([[0, 0, 0.01 / 4, 0.01 / 4, 0]] * 2, dtype=dtype)
     torch.testing.assert_close(inputs["latent_kl"].grad, expected)
     # With the tokens' KL: d k3 / d log_prob = 1 - r_ref.
     inputs = by_hand(dtype)
-    policy_loss(LaDapoLoss(), **inputs)[0].backward()
+    loss_of(LaDapoLoss(), **inputs)[0].backward()
     added = torch.tensor([[1 - 2.0, 1 - 0.5, 0, 0, 0], [0, 1 - 4.0, 0, 0, 0]], dtype=dtype) * 0.01 / 4
     expected = torch.tensor(GRADIENT, dtype=dtype) + added
     torch.testing.assert_close(inputs["log_prob"].grad, expected, rtol=1e-4, atol=1e-6)
@@ -148,7 +149,7 @@ def test_gradient_by_hand_and_nothing_leaks_from_outside_the_masks(dtype):
 def test_which_end_of_the_clip_range_cuts(ratio, advantage, low, high, dual):
     mask, none, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, 1)
     log_prob = torch.full((1, 1), math.log(ratio), requires_grad=True)
-    loss, metrics, _ = policy_loss(NO_KL, log_prob, zero, zero + advantage, mask, none, 1, 0)
+    loss, metrics, _ = loss_of(NO_KL, log_prob, zero, zero + advantage, mask, none, 1, 0)
     loss.backward()
     assert [float(metrics[f"text/{key}"]) for key in ("clip_low", "clip_high", "dual_clip")] == [low, high, dual]
     assert (float(log_prob.grad) == 0) is (low + high + dual > 0 or advantage == 0)
@@ -158,7 +159,7 @@ def test_old_and_reference_count_as_data():
     inputs = by_hand()
     for key in ("old_log_prob", "advantages", "ref_log_prob"):
         inputs[key].requires_grad_()
-    policy_loss(LaDapoLoss(), **inputs)[0].backward()
+    loss_of(LaDapoLoss(), **inputs)[0].backward()
     assert all(inputs[key].grad is None for key in ("old_log_prob", "advantages", "ref_log_prob"))
 
 
@@ -167,7 +168,7 @@ def test_large_log_densities_are_subtracted_before_anything_else():
     old = torch.tensor([[14620.37]], dtype=torch.float64)
     mask, none = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
     for shift in (1e-4, -0.01):
-        _, metrics, maxima = policy_loss(NO_KL, old + shift, old, torch.ones(1, 1), none, mask, 0, 1)
+        _, metrics, maxima = loss_of(NO_KL, old + shift, old, torch.ones(1, 1), none, mask, 0, 1)
         assert float(metrics["latent/ratio"]) == pytest.approx(math.exp(shift), rel=1e-10)
         assert float(maxima["latent/ratio_gap"]) == pytest.approx(abs(math.expm1(shift)), rel=1e-6)
 
@@ -177,13 +178,13 @@ def test_log_ratios_are_cut_at_twenty_and_k3_at_ten():
     for sign, expected in ((1.0, -1.28), (-1.0, math.exp(20))):
         log_prob = torch.tensor([[500.0]], requires_grad=True)
         settings = LaDapoLoss(dual_clip=None, kl_weight=0.0)
-        loss, _, _ = policy_loss(settings, log_prob, torch.zeros(1, 1), torch.full((1, 1), sign), mask, none, 1, 0)
+        loss, _, _ = loss_of(settings, log_prob, torch.zeros(1, 1), torch.full((1, 1), sign), mask, none, 1, 0)
         loss.backward()
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-5) and float(log_prob.grad) == 0
     settings = LaDapoLoss(kl_weight=1.0)
     zero = torch.zeros(1, 1)
-    assert float(policy_loss(settings, zero, zero, zero, mask, none, 1, 0, ref_log_prob=zero + 9)[0]) == 10
-    assert float(policy_loss(settings, zero, zero, zero, mask, none, 1, 0, ref_log_prob=zero - 9)[0]) == pytest.approx(
+    assert float(loss_of(settings, zero, zero, zero, mask, none, 1, 0, ref_log_prob=zero + 9)[0]) == 10
+    assert float(loss_of(settings, zero, zero, zero, mask, none, 1, 0, ref_log_prob=zero - 9)[0]) == pytest.approx(
         9 - 1 + math.exp(-9), rel=1e-6
     )
 
@@ -216,14 +217,14 @@ def random_case(b=6, t=9, dtype=torch.float64, spread=0.3):
 
 def test_micro_batches_add_up():
     whole = random_case()
-    loss, metrics, maxima = policy_loss(LaDapoLoss(), **whole)
+    loss, metrics, maxima = loss_of(LaDapoLoss(), **whole)
     loss.backward()
     gradient = whole["log_prob"].grad.clone()
     whole["log_prob"].grad = None
     losses, sums, tops = [], dict.fromkeys(metrics, 0.0), dict.fromkeys(maxima, 0.0)
     for rows in ([0, 1], [2], [3, 4, 5]):  # the second has no latent
         part = {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in whole.items()}
-        share, its_metrics, its_maxima = policy_loss(LaDapoLoss(), **part)
+        share, its_metrics, its_maxima = loss_of(LaDapoLoss(), **part)
         share.backward()
         losses.append(float(share.detach()))
         sums = {key: sums[key] + float(its_metrics[key]) for key in sums}
@@ -236,31 +237,31 @@ def test_micro_batches_add_up():
 
 def test_latents_do_not_dilute_the_tokens_and_the_other_way_round():
     case = random_case()
-    both = policy_loss(LaDapoLoss(), **case)[0]
+    both = loss_of(LaDapoLoss(), **case)[0]
     none = torch.zeros_like(case["text_mask"])
-    text = policy_loss(LaDapoLoss(), **case | {"latent_mask": none, "num_latents": 0})[0]
-    latent = policy_loss(LaDapoLoss(), **case | {"text_mask": none, "num_text": 0})[0]
+    text = loss_of(LaDapoLoss(), **case | {"latent_mask": none, "num_latents": 0})[0]
+    latent = loss_of(LaDapoLoss(), **case | {"text_mask": none, "num_text": 0})[0]
     assert float(both.detach()) == pytest.approx(float(text.detach() + latent.detach()), rel=1e-12)
 
 
 def test_without_latents_the_latent_part_is_zero_and_differentiable():
     case = random_case() | {"num_latents": 0}
     case["latent_mask"] = torch.zeros_like(case["text_mask"])
-    loss, metrics, maxima = policy_loss(LaDapoLoss(), **case)
+    loss, metrics, maxima = loss_of(LaDapoLoss(), **case)
     assert {float(value) for key, value in metrics.items() if key.startswith("latent/")} == {0.0}
     assert float(maxima["latent/ratio_gap"]) == 0
     loss.backward()
     assert torch.equal(case["latent_kl"].grad, torch.zeros_like(case["latent_kl"]))
     assert (case["log_prob"].grad != 0).any() and (case["log_prob"].grad[~case["text_mask"]] == 0).all()
     # A batch without latents needs no KL of latents.
-    assert torch.equal(policy_loss(LaDapoLoss(), **case | {"latent_kl": None})[0], loss)
+    assert torch.equal(loss_of(LaDapoLoss(), **case | {"latent_kl": None})[0], loss)
 
 
 def test_nothing_at_all_is_a_zero_on_the_graph():
     for shape in ((2, 3), (0, 3), (2, 0)):
         log_prob, none = torch.ones(shape, requires_grad=True), torch.zeros(shape, dtype=torch.bool)
         filler = torch.full(shape, NAN)
-        loss, metrics, _ = policy_loss(
+        loss, metrics, _ = loss_of(
             LaDapoLoss(), log_prob, filler, filler, none, none, 0, 0, ref_log_prob=filler, latent_kl=filler
         )
         loss.backward()
@@ -270,10 +271,10 @@ def test_nothing_at_all_is_a_zero_on_the_graph():
 
 def test_half_precision_is_widened():
     case = random_case(dtype=torch.bfloat16)
-    loss, _, _ = policy_loss(LaDapoLoss(), **case)
+    loss, _, _ = loss_of(LaDapoLoss(), **case)
     wide = {key: v.detach().float() if torch.is_tensor(v) and v.is_floating_point() else v for key, v in case.items()}
     assert loss.dtype == torch.float32
-    assert float(loss.detach()) == pytest.approx(float(policy_loss(LaDapoLoss(), **wide)[0]), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(loss_of(LaDapoLoss(), **wide)[0]), rel=1e-6)
 
 
 # Finite differences
@@ -285,7 +286,7 @@ def test_gradients_by_finite_differences():
     settings = LaDapoLoss(kl_weight=0.7, latent_kl_weight=0.3, latent_dual_clip=1.2, dual_clip=1.3)
 
     def loss(log_prob, kl):
-        return policy_loss(settings, log_prob=log_prob, latent_kl=kl, **rest)[0]
+        return loss_of(settings, log_prob=log_prob, latent_kl=kl, **rest)[0]
 
     assert torch.autograd.gradcheck(loss, (case["log_prob"], case["latent_kl"]))
 
@@ -315,7 +316,7 @@ def test_gradients_through_the_policies(name, kwargs, rule):
     def loss(mu, logits):
         kl = torch.zeros(2, 4, dtype=torch.float64).masked_scatter(latent_mask, latent_kl(policy, mu, reference, rule))
         new = log_probs(mu, logits)
-        return policy_loss(
+        return loss_of(
             settings, new, old, advantages, text_mask, latent_mask, 4, 3, ref_log_prob=old - 0.1, latent_kl=kl
         )[0]
 
@@ -354,7 +355,7 @@ def test_without_latents_equals_verl(verl_algorithms, clips):
 
     case |= {"text_mask": mask, "latent_mask": torch.zeros_like(mask), "num_text": float(mask.sum()), "num_latents": 0}
     settings = LaDapoLoss(clip_low=low, clip_high=high, dual_clip=dual)
-    loss, metrics, _ = policy_loss(settings, **case)
+    loss, metrics, _ = loss_of(settings, **case)
     assert float(loss.detach()) == pytest.approx(float((expected + 0.01 * kl).detach()), abs=1e-6)
     torch.testing.assert_close(torch.autograd.grad(loss, log_prob)[0], gradient, rtol=1e-5, atol=1e-8)
     ours = {key: float(value) for key, value in metrics.items()}
@@ -392,12 +393,12 @@ def test_bad_settings(changes, message):
 def test_missing_kl():
     case = random_case()
     with pytest.raises(ConfigError, match=r"entropy_weight=0\.1 needs entropy, found none"):
-        policy_loss(LaDapoLoss(entropy_weight=0.1), **case | {"entropy": None})
+        loss_of(LaDapoLoss(entropy_weight=0.1), **case | {"entropy": None})
     with pytest.raises(ConfigError, match=r"kl_weight=0\.01 needs ref_log_prob, found none. Enable the reference"):
-        policy_loss(LaDapoLoss(), **case | {"ref_log_prob": None})
+        loss_of(LaDapoLoss(), **case | {"ref_log_prob": None})
     with pytest.raises(ConfigError, match=r"latent_kl_weight=0\.01 needs latent_kl, .* or set latent_kl_weight to 0"):
-        policy_loss(LaDapoLoss(), **case | {"latent_kl": None})
-    loss, metrics, _ = policy_loss(NO_KL, **case | {"ref_log_prob": None, "latent_kl": None})
+        loss_of(LaDapoLoss(), **case | {"latent_kl": None})
+    loss, metrics, _ = loss_of(NO_KL, **case | {"ref_log_prob": None, "latent_kl": None})
     assert loss.isfinite() and not {"text/kl_ref", "latent/kl_ref", "text/entropy"} & set(metrics)
 
 
@@ -407,13 +408,13 @@ def test_bad_masks_and_counts():
     row, position = case["latent_mask"].nonzero()[0].tolist()
     overlap[row, position] = True
     with pytest.raises(ValueError, match=rf"row {row}, position {position} is in text_mask and in latent_mask"):
-        policy_loss(LaDapoLoss(), **case | {"text_mask": overlap})
+        loss_of(LaDapoLoss(), **case | {"text_mask": overlap})
     with pytest.raises(TypeError, match=r"text_mask: expected torch\.bool, found torch\.int64; convert"):
-        policy_loss(LaDapoLoss(), **case | {"text_mask": case["text_mask"].long()})
+        loss_of(LaDapoLoss(), **case | {"text_mask": case["text_mask"].long()})
     for key in ("num_text", "num_latents"):
         for count in (0, -1, NAN, INF):
             with pytest.raises(ValueError, match=rf"{key}: expected the number of positions .* above 0, found {count}"):
-                policy_loss(LaDapoLoss(), **case | {key: count})
+                loss_of(LaDapoLoss(), **case | {key: count})
 
 
 def test_bad_shapes():
@@ -422,9 +423,9 @@ def test_bad_shapes():
         with pytest.raises(
             ValueError, match=rf"la_dapo {key}: expected the shape of log_prob, \(6, 9\), found \(6, 8\)"
         ):
-            policy_loss(LaDapoLoss(), **case | {key: case[key][:, :8]})
+            loss_of(LaDapoLoss(), **case | {key: case[key][:, :8]})
     with pytest.raises(ValueError, match=r"entropy: expected the shape of log_prob"):
-        policy_loss(LaDapoLoss(), entropy=torch.zeros(6), **case)
+        loss_of(LaDapoLoss(), entropy=torch.zeros(6), **case)
     for log_prob in (torch.zeros(3), torch.zeros(6, 9).long()):
         with pytest.raises(ValueError, match=r"log_prob: expected floating \(B, T\), found"):
-            policy_loss(LaDapoLoss(), **case | {"log_prob": log_prob})
+            loss_of(LaDapoLoss(), **case | {"log_prob": log_prob})

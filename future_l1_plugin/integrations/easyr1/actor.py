@@ -1,12 +1,11 @@
 """EasyR1's actor and reference policy, fed with the recorded latents.
 
-EasyR1's own forward pass runs unchanged inside a `LatentChannel`. At latent positions the log-probability of the id
-`<|latent|>`, which nobody chose, makes way for that of what was chosen: the latent itself and, where the span's budget
-leaves a choice, that the span went on. The update minimises the loss of `la_dapo` in place of EasyR1's.
+EasyR1's own forward pass runs unchanged inside a `LatentChannel`. At latent positions the log-probability of the id is
+replaced by the action's: the latent's density plus log(1 - p(end)) (`la_dapo.action_log_probs`). The update minimises
+the loss of `la_dapo` in place of EasyR1's.
 
-A batch brings, beside EasyR1's fields, `latents` (what the rollout fed) and `ref_mu` (the reference's mu), arrays of N
-tensors (k_i, H), and `rollout_log_probs` (N, T), the rollout's word on its own choices. Its `response_mask` leaves out
-the end markers that a budget forced.
+A batch brings, beside EasyR1's fields, ROLLOUT, an array of N `Rollout`s, and REF_MU (the reference's mu), an array of
+N tensors (k_i, H). Its `response_mask` holds the rollouts' actions.
 """
 
 import math
@@ -22,19 +21,21 @@ from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_batch
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 
+from future_l1_plugin.integrations.rl.groups import NotFinite
 from future_l1_plugin.integrations.rl.settings import LatentSection
-from future_l1_plugin.integrations.verl.failures import NotFinite
 from future_l1_plugin.la_dapo import (
     LaDapoLoss,
-    Tempering,
-    latent_kl,
-    latent_log_prob,
+    LossInputs,
+    LossOutputs,
+    action_log_probs,
+    kl_at_latents,
     policy_loss,
+    split_actions,
 )
-from future_l1_plugin.latent import LatentChannel, build_policy, continue_log_prob_at
+from future_l1_plugin.latent import LatentChannel, continue_log_prob_at
 from future_l1_plugin.model.config import LatentConfig
 
-LATENTS, REF_MU, MEDIA, EXTRA = "latents", "ref_mu", "multi_modal_inputs", "extra_info"
+ROLLOUT, REF_MU, MEDIA, EXTRA = "rollout", "ref_mu", "multi_modal_inputs", "extra_info"
 #: In `meta_info` of a batch: which step it is.
 STEP = "step"
 
@@ -49,17 +50,12 @@ def object_array(values: Sequence[Any]) -> np.ndarray:
 
 def loss_settings(actor: Any, latent: LatentSection) -> LaDapoLoss:
     """The loss that EasyR1's keys (`worker.actor`) and ours (`latent`) make together."""
-    with_kl = actor.use_kl_loss and not actor.disable_kl
-    return LaDapoLoss(
+    return latent.loss(
+        with_kl=actor.use_kl_loss and not actor.disable_kl,
+        kl_weight=actor.kl_coef,
         clip_low=actor.clip_ratio_low,
         clip_high=actor.clip_ratio_high,
         dual_clip=actor.clip_ratio_dual,
-        latent_clip_low=latent.clip_low,
-        latent_clip_high=latent.clip_high,
-        latent_dual_clip=latent.dual_clip,
-        latent_weight=latent.weight,
-        latent_kl_weight=latent.kl_weight if with_kl else 0.0,
-        kl_weight=actor.kl_coef if with_kl else 0.0,
     )
 
 
@@ -80,7 +76,7 @@ class LatentActor(DataParallelPPOActor):
     ) -> None:
         super().__init__(config, actor_module, actor_optimizer)
         self.model_config = LatentConfig.from_hf(actor_module.config)
-        self.policy, self.tempering = build_policy(**latent.policy), Tempering.from_name(latent.tempering)
+        self.scoring = latent.scoring()
         self.loss = loss_settings(config, latent) if actor_optimizer is not None else None
         self.mu: list[Tensor] = []  # mu of each row of the last compute_log_prob, (k_i, H) on the CPU
         self._channel = LatentChannel(actor_module, self.model_config.tokens)
@@ -106,7 +102,7 @@ class LatentActor(DataParallelPPOActor):
             return super()._forward_micro_batch(micro_batch, temperature)
 
     def _checked(self, micro_batch: dict[str, Any]) -> list[Tensor]:
-        latents = list(micro_batch[LATENTS])
+        latents = [rollout.latents for rollout in micro_batch[ROLLOUT]]
         counts = (micro_batch["responses"] == self.model_config.latent_id).sum(1).tolist()
         for row, (given, expected) in enumerate(zip(latents, counts, strict=True)):
             if len(given) != expected:
@@ -117,17 +113,17 @@ class LatentActor(DataParallelPPOActor):
         return latents
 
     def _log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """EasyR1's word for log p(labels), with the latents in it. Logits (.., V) are divided by the temperature."""
+        """`action_log_probs` in the place of EasyR1's log p(labels). Logits (.., V) are divided by the temperature."""
         latents, predicts = self._fed
         at = predicts & (labels == self.model_config.latent_id)
-        chosen = latent_log_prob(self.policy, self._channel.mu, latents, self.tempering)  # float64 (K,)
+        went_on = None
         if not self.model_config.budget.exact:
             rows = at.flatten().nonzero()[:, 0]
-            logits, going_on = continue_log_prob_at(
+            logits, went_on = continue_log_prob_at(
                 logits, rows, self.model_config.latent_end_id, logits.new_ones(len(rows), dtype=torch.float32)
             )
-            chosen = chosen + going_on
-        return self._token_log_probs(logits, labels).double().masked_scatter(at, chosen)
+        token_log_probs = self._token_log_probs(logits, labels)
+        return action_log_probs(token_log_probs, at, self.scoring, self._channel.mu, latents, went_on)
 
     @torch.no_grad()
     def compute_log_prob(self, data: DataProto) -> Tensor:
@@ -138,7 +134,8 @@ class LatentActor(DataParallelPPOActor):
         found, means = [], []
         for batch in batches:
             found.append(self._forward_micro_batch({**batch.batch, **batch.non_tensor_batch}, temperature))
-            means += self._channel.mu.float().cpu().split([len(row) for row in batch.non_tensor_batch[LATENTS]])
+            lengths = [len(rollout.latents) for rollout in batch.non_tensor_batch[ROLLOUT]]
+            means += self._channel.mu.float().cpu().split(lengths)
         log_probs = torch.cat(found)
         if order is None:
             self.mu = means
@@ -158,7 +155,7 @@ class LatentActor(DataParallelPPOActor):
         temperature = data.meta_info["temperature"]
         batches = data.split(self.config.global_batch_size_per_device)
         metrics: dict[str, list[float]] = defaultdict(list)
-        for name, value in self._rollout_gaps(data.batch).items():
+        for name, value in self._rollout_gaps(data).items():
             metrics[name] = [value]
         maxima: list[dict[str, float]] = []
         for batch in [batch for _ in range(self.config.ppo_epochs) for batch in batches]:
@@ -170,13 +167,13 @@ class LatentActor(DataParallelPPOActor):
             total = 0.0
             for micro_batch in self._split(batch, self.config.micro_batch_size_per_device_for_update)[0]:
                 inputs = {**micro_batch.batch, **micro_batch.non_tensor_batch}
-                loss, means, most = self._la_dapo(inputs, temperature, *counts.tolist())
-                (loss * self.world_size).backward()  # FSDP averages over ranks
-                for name, value in means.items():
+                found = self._la_dapo(inputs, temperature, *counts.tolist())
+                (found.loss * self.world_size).backward()  # FSDP averages over ranks
+                for name, value in found.means.items():
                     sums[name] += value.item() * self.world_size  # so does the trainer
-                for name, value in most.items():
+                for name, value in found.maxima.items():
                     largest[name] = max(largest[name], value.item())
-                total += loss.item()
+                total += found.loss.item()
             self._check_finite("loss", total, batch, counts.device)
             norm = self._optimizer_step().item()  # EasyR1 leaves weights as they are where it is not finite
             self._check_finite("gradient norm", norm, batch, counts.device)
@@ -207,32 +204,29 @@ class LatentActor(DataParallelPPOActor):
             "(trainer.load_checkpoint_path) with another learning rate, attention kernel or data"
         )
 
-    def _rollout_gaps(self, batch: Any) -> dict[str, float]:
+    def _rollout_gaps(self, data: DataProto) -> dict[str, float]:
         """Largest |rollout - actor| log-probability, in nats (latents: tempered), of any rank."""
-        gap = (batch["rollout_log_probs"] - batch["old_log_probs"]).abs()
-        text, latent = ((gap * mask).max().item() for mask in self._masks(batch))
+        old = data.batch["old_log_probs"]
+        drawn = torch.zeros_like(old, dtype=torch.float64)
+        for row, rollout in zip(drawn, data.non_tensor_batch[ROLLOUT], strict=True):
+            row[: len(rollout.log_probs)] = rollout.log_probs
+        gap = (drawn - old).abs()
+        text, latent = ((gap * mask).max().item() for mask in self._masks(data.batch))
         return self._over_ranks({"rollout_gap/text_max": text, "rollout_gap/latent_max": latent}, gap.device)
 
     def _masks(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Bool (B, T) each: tokens that were chosen, and latents."""
-        trained = batch["response_mask"].bool()
-        latent = trained & (batch["responses"] == self.model_config.latent_id)
-        return trained & ~latent, latent
+        return split_actions(batch["responses"], batch["response_mask"], self.model_config.latent_id)
 
-    def _la_dapo(
-        self, inputs: dict[str, Any], temperature: float, num_text: int, num_latents: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _la_dapo(self, inputs: dict[str, Any], temperature: float, num_text: int, num_latents: int) -> LossOutputs:
         """`la_dapo.policy_loss` of a micro-batch."""
         log_prob = self._forward_micro_batch(inputs, temperature)
         text, latent = self._masks(inputs)
         kl = None
         if self.loss.latent_kl_weight:
-            mu, reference = self._channel.mu, torch.cat(list(inputs[REF_MU]))
-            kl = torch.zeros_like(log_prob)
-            if len(mu):
-                kl = kl.masked_scatter(latent, latent_kl(self.policy, mu, reference.to(mu.device), self.tempering))
-        return policy_loss(
-            self.loss,
+            reference = torch.cat(list(inputs[REF_MU]))
+            kl = kl_at_latents(log_prob, latent, self.scoring, self._channel.mu, reference)
+        batch = LossInputs(
             log_prob=log_prob,
             old_log_prob=inputs["old_log_probs"],
             advantages=inputs["advantages"],
@@ -243,6 +237,7 @@ class LatentActor(DataParallelPPOActor):
             ref_log_prob=inputs["ref_log_probs"] if self.loss.kl_weight else None,
             latent_kl=kl,
         )
+        return policy_loss(self.loss, batch)
 
     def _over_ranks(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
         found = torch.tensor(list(values.values()), device=device)

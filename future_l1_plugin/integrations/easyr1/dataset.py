@@ -15,6 +15,7 @@ from verl.utils.torch_functional import postprocess_data
 from future_l1_plugin.data.prompt import EncodedPrompt
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.easyr1.config import LatentDataConfig
+from future_l1_plugin.integrations.verl.columns import PROMPT as ROW
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset
 from future_l1_plugin.rewards import RewardSet
 
@@ -26,7 +27,7 @@ _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_t
 
 class EasyR1Dataset(LatentRLDataset):
     """Rows of EasyR1's fields input_ids, attention_mask Long (P,), position_ids Long (4, P), left-padded to
-    `max_prompt_length`; `ground_truth`; `reward_model` and `extra_info` as on verl; and the prompt itself under PROMPT.
+    `max_prompt_length`; `ground_truth`; `extra_info` as on verl; and the prompt itself under PROMPT.
 
     Raises as `LatentRLDataset`; DataError for a prompt of more than `max_prompt_length` tokens when it is asked for.
     """
@@ -38,7 +39,7 @@ class EasyR1Dataset(LatentRLDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = super().__getitem__(index)
-        prompt = {name: row[name] for name in ("rl_prompt", "rl_limits")}
+        prompt = {name: row[name] for name in (ROW, "rl_limits")}
         encoded = self.encode(prompt, self.processor)
         ids = torch.tensor(encoded.prompt_ids)
         mask = torch.ones_like(ids)
@@ -62,7 +63,6 @@ class EasyR1Dataset(LatentRLDataset):
             "attention_mask": mask,
             "position_ids": positions,
             "ground_truth": row["reward_model"]["ground_truth"],
-            "reward_model": row["reward_model"],
             "extra_info": row["extra_info"],
             PROMPT: prompt,
         }

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from verl.protocol import DataProto
 
-from future_l1_plugin.integrations.easyr1.actor import LATENTS
+from future_l1_plugin.data.prompt import RlPrompt
+from future_l1_plugin.integrations.easyr1.actor import ROLLOUT
+from future_l1_plugin.integrations.easyr1.dataset import PROMPT
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.rl.settings import checked_rewards
+from future_l1_plugin.integrations.verl.columns import PROMPT as ROW
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards import Sample
 from future_l1_plugin.rewards.judge import JudgeUnavailable
@@ -21,20 +24,10 @@ CORRECT, DROPPED = "acc", "no_verdict"
 
 def samples_of(data: DataProto, tokenizer: Any, tokens: LatentTokens) -> list[Sample]:
     """What the reward terms see of a batch of finished responses."""
-    ids = data.batch["responses"]
-    lengths = data.batch["attention_mask"][:, -ids.shape[1] :].sum(1).tolist()
-    return [
-        make_sample(
-            tokenizer,
-            tokens,
-            ids[i, :length],
-            data.non_tensor_batch[LATENTS][i],
-            data.non_tensor_batch["reward_model"][i],
-            str(data.non_tensor_batch["extra_info"][i]["id"]),
-            ids.shape[1],
-        )
-        for i, length in enumerate(lengths)
-    ]
+    prompts = [RlPrompt.from_dict(row[ROW]) for row in data.non_tensor_batch[PROMPT]]
+    longest = data.batch["responses"].shape[1]
+    rollouts = data.non_tensor_batch[ROLLOUT]
+    return [make_sample(tokenizer, tokens, *pair, longest) for pair in zip(prompts, rollouts, strict=True)]
 
 
 class LatentRewardManager:

@@ -4,6 +4,7 @@ EasyR1's own rollout is vLLM 0.12 or older; latents need vLLM 0.30 or newer, whi
 does not take. Another decoder takes the place of `LatentRollout.decode`; nothing else here knows transformers.
 """
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -20,15 +21,13 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.sharding_manager.base import BaseShardingManager
 
 from future_l1_plugin.data.prompt import EncodedPrompt
-from future_l1_plugin.integrations.easyr1.actor import LATENTS, object_array
+from future_l1_plugin.integrations.easyr1.actor import ROLLOUT, object_array
 from future_l1_plugin.integrations.easyr1.config import VALIDATE, LatentRolloutConfig
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT, EasyR1Dataset, media
 from future_l1_plugin.integrations.easyr1.lora import Merged
 from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
-from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
+from future_l1_plugin.integrations.rl.rollouts import rollouts_of
 from future_l1_plugin.integrations.rl.settings import LatentSection
-from future_l1_plugin.la_dapo import Tempering
-from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, LatentOutput, generate
 from future_l1_plugin.model.batch import left_padded
 
@@ -67,7 +66,6 @@ class LatentRollout(BaseRollout):
     ) -> None:
         super().__init__()
         self.config, self.latent, self.processor, self.model, self.device = config, latent, processor, model, device
-        self._tempering = Tempering.from_name(latent.tempering)
         torch.manual_seed(config.seed * 1_000_003 + rank)
 
     @torch.no_grad()
@@ -75,45 +73,39 @@ class LatentRollout(BaseRollout):
         """n responses for each prompt, in EasyR1's layout: prompts left-padded, responses right-padded.
 
         `meta_info` may set n, temperature, top_p and top_k, as EasyR1's `val_override_config` does in validation, where
-        n is 1 by default. Besides EasyR1's fields the batch has `latents` and `rollout_log_probs`; see `actor`.
+        n is 1 by default. Besides EasyR1's fields the batch has ROLLOUT; see `actor`.
         """
         asked = prompts.meta_info
         validate = asked.get(VALIDATE, False)
         n = asked.get("n", 1 if validate else self.config.n)
-        policy = build_policy(**(self.latent.val_policy if validate else self.latent.policy))
+        scoring = self.latent.scoring(validate)
         sampling = {key: asked.get(key, getattr(self.config, key)) for key in ("temperature", "top_p", "top_k")}
-        sampling |= {"top_k": max(0, sampling["top_k"]), "policy": policy}
+        sampling |= {"top_k": max(0, sampling["top_k"]), "policy": scoring.policy}
         encoded = [EasyR1Dataset.encode(row, self.processor) for row in prompts.non_tensor_batch[PROMPT]]
         wanted = [prompt for prompt in encoded for _ in range(n)]
         outputs = [
             self.decode(wanted[i : i + self.config.batch_size], sampling)
             for i in range(0, len(wanted), self.config.batch_size)
         ]
-        responses = [row.cpu() for output in outputs for row in output.responses]
-        forced = [row.cpu() for output in outputs for row in output.forced]
-        latents = [row.cpu() for output in outputs for row in output.latents]
         config = LatentConfig.from_hf(self.model.config)
-        log_probs = [row.cpu() for o in outputs for row in decoded_log_probs(o, policy, self._tempering, config)]
-
-        # An end marker that the budget forced is no action; a latent is one, under the id that was forced for it.
-        chosen = [~f | (ids == config.latent_id) for f, ids in zip(forced, responses, strict=True)]
-        tokens = self._padded(responses, self.processor.tokenizer.pad_token_id)
-        answered = self._padded([torch.ones_like(ids) for ids in responses], 0)
+        rollouts = [r.on("cpu") for output in outputs for r in rollouts_of(output, config, scoring)]
+        rollouts = [replace(r.checked(f"response {i}"), means=None) for i, r in enumerate(rollouts)]  # nobody asks
+        tokens = self._padded([r.ids for r in rollouts], self.processor.tokenizer.pad_token_id)
+        answered = self._padded([torch.ones_like(r.ids) for r in rollouts], 0)
         prompt = {k: prompts.batch[k].repeat_interleave(n, 0) for k in ("input_ids", "attention_mask", "position_ids")}
         after = prompt["position_ids"][..., -1:] + torch.arange(1, tokens.shape[1] + 1)
         return DataProto.from_dict(
             tensors={
                 "prompts": prompt["input_ids"],
                 "responses": tokens,
-                "response_mask": self._padded([row.long() for row in chosen], 0),
-                "rollout_log_probs": self._padded(log_probs, 0),
+                "response_mask": self._padded([r.actions.long() for r in rollouts], 0),
                 "input_ids": torch.cat([prompt["input_ids"], tokens], 1),
                 "attention_mask": torch.cat([prompt["attention_mask"], answered], 1),
                 "position_ids": torch.cat([prompt["position_ids"], after], -1),
             },
             non_tensors={
                 PROMPT: prompts.non_tensor_batch[PROMPT].repeat(n),
-                LATENTS: object_array(latents),
+                ROLLOUT: object_array(rollouts),
             },
         )
 

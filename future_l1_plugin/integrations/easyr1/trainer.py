@@ -1,7 +1,7 @@
 """EasyR1's trainer and runner, with LA-DAPO's groups, rewards and advantage. The training loop is EasyR1's own."""
 
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,12 @@ from future_l1_plugin.integrations.easyr1.dataset import PROMPT, create_dataload
 from future_l1_plugin.integrations.easyr1.resume import check_same_run
 from future_l1_plugin.integrations.easyr1.reward import CORRECT, DROPPED, LatentRewardManager, samples_of
 from future_l1_plugin.integrations.easyr1.worker import LatentFSDPWorker
+from future_l1_plugin.integrations.rl.groups import GroupFilter, RolloutError, Verdict
+from future_l1_plugin.integrations.rl.metrics import span_metrics
 from future_l1_plugin.integrations.rl.settings import checked_rewards
-from future_l1_plugin.integrations.rl.starved import way_out
-from future_l1_plugin.integrations.verl.metrics import span_metrics
-from future_l1_plugin.la_dapo import keep_group, la_dapo_advantage
+from future_l1_plugin.la_dapo import la_dapo_advantage
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.resume import delete, fault
-
-
-class RolloutError(RuntimeError):
-    """No group is left to train on."""
 
 
 @register_adv_estimator(AdvantageEstimator.GRPO)
@@ -49,6 +45,12 @@ class LaDapoTrainer(RayPPOTrainer):
     def __init__(self, config: LaDapoConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.tokens = LatentTokens.from_tokenizer(self.tokenizer)
+        bounds = (config.algorithm.filter_low, config.algorithm.filter_high)
+        self._filter = GroupFilter(
+            bounds if config.algorithm.online_filtering else None,
+            "trainer.max_try_make_batch",
+            "algorithm.online_filtering=false",
+        )
         self._loaded: int | None = None  # step of the checkpoint that the run went on from
 
     def _load_checkpoint(self) -> None:
@@ -86,26 +88,30 @@ class LaDapoTrainer(RayPPOTrainer):
         """
         n, wanted = self.config.worker.rollout.n, self.config.data.rollout_batch_size
         most = self.config.trainer.max_try_make_batch
-        kept: list[DataProto] = []  # one a group
+        kept: list[tuple[DataProto, dict[str, list[float]]]] = []  # of each group
         seen: Counter[str] = Counter()
-        columns: dict[str, list[float]] = defaultdict(list)
+        sampled: list[float] = []  # mean accuracy of every group of the step that has a verdict, kept or not
         rounds = 0
         while len(kept) < wanted:
             if 0 < most <= rounds:
-                raise RolloutError(self._starved(len(kept), wanted, seen))
+                raise RolloutError(self._filter.starved(len(kept), wanted, rounds, seen))
             rounds += 1
             batch, found = self._sample()
-            for name, values in found.items():
-                columns[name] += values
             for start in range(0, len(batch), n):
-                verdict = self._verdict(*(found[name][start : start + n] for name in (CORRECT, DROPPED)))
+                columns = {name: values[start : start + n] for name, values in found.items()}
+                correct = columns.pop(CORRECT)
+                verdict = self._filter.verdict(correct, unjudged=any(columns.pop(DROPPED)))
                 seen[verdict] += 1
-                if verdict == "kept":
-                    kept.append(batch[start : start + n])
-        data = DataProto.concat(kept[:wanted])
+                if verdict != Verdict.NO_VERDICT:
+                    sampled.append(sum(correct) / n)
+                if verdict == Verdict.KEPT:
+                    kept.append((batch[start : start + n], columns))
+        data = DataProto.concat([group for group, _ in kept[:wanted]])
         data.meta_info[STEP] = self.global_step
-        metrics |= {f"reward/{name}": float(np.mean(values)) for name, values in columns.items()}
-        metrics |= {f"groups/{name}": seen[name] for name in ("too_easy", "too_hard", "no_verdict")}
+        for name in kept[0][1]:
+            metrics[f"reward/{name}"] = float(np.mean([value for _, found in kept[:wanted] for value in found[name]]))
+        metrics |= {f"groups/{name}": seen[name] for name in (Verdict.TOO_EASY, Verdict.TOO_HARD, Verdict.NO_VERDICT)}
+        metrics |= {"groups/accuracy": float(np.mean(sampled))}
         metrics |= {"groups/rounds": rounds, "groups/surplus": len(kept) - wanted}
         metrics |= span_metrics(samples_of(data, self.tokenizer, self.tokens), self.tokens)
         return data
@@ -127,21 +133,6 @@ class LaDapoTrainer(RayPPOTrainer):
         totals, columns = ray.get(self.reward_fn.compute_reward.remote(output))
         output.batch["token_level_scores"] = totals
         return output, columns
-
-    def _verdict(self, correct: list[float], dropped: list[float]) -> str:
-        low, high = self.config.algorithm.filter_low, self.config.algorithm.filter_high
-        if any(dropped):
-            return "no_verdict"
-        if not self.config.algorithm.online_filtering or keep_group(correct, low, high):
-            return "kept"
-        return "too_easy" if np.mean(correct) > high else "too_hard"
-
-    def _starved(self, found: int, wanted: int, seen: Counter[str]) -> str:
-        return (
-            f"{self.config.trainer.max_try_make_batch} rounds of sampling gave {found} of {wanted} groups to train on: "
-            f"{seen['too_easy']} were too easy, {seen['too_hard']} too hard, {seen['no_verdict']} had no verdict from "
-            f"the judge. {way_out(seen, 'trainer.max_try_make_batch', 'algorithm.online_filtering=false')}"
-        )
 
 
 class Runner:

@@ -3,41 +3,36 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from future_l1_plugin.data.prompt import RlPrompt
+from future_l1_plugin.la_dapo import Rollout
 from future_l1_plugin.latent import LatentTokens, span_index
 from future_l1_plugin.rewards import RewardSet, Sample
 
 
 def make_sample(
-    tokenizer: Any,
-    tokens: LatentTokens,
-    response: Tensor,
-    latents: Tensor,
-    reward_model: dict[str, Any],
-    sample_id: str,
-    max_response_length: int,
+    tokenizer: Any, tokens: LatentTokens, prompt: RlPrompt, rollout: Rollout, max_response_length: int
 ) -> Sample:
-    """What the terms see. `response` Long (T,), `latents` (k, H), `reward_model` from the dataset's row."""
+    """What the terms see of a response. `extra` holds the prompt's `source` and the path of its `video`, if any."""
     ignored = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    span = span_index(response[None], tokens)[0]
+    span = span_index(rollout.ids[None], tokens)[0]
     return Sample(
-        text=tokenizer.decode([t for t in response.tolist() if t not in ignored], skip_special_tokens=False),
-        response_ids=response,
-        latents=latents.float(),  # rewards are computed in float32, whatever the engine rolls out in
+        text=tokenizer.decode([t for t in rollout.ids.tolist() if t not in ignored], skip_special_tokens=False),
+        response_ids=rollout.ids,
+        latents=rollout.latents.float(),  # rewards are computed in float32, whatever the engine rolls out in
         span=span[span >= 0],
-        ground_truth=reward_model["ground_truth"],
-        options=reward_model.get("options"),
-        kind=reward_model.get("kind", "auto"),
-        question=reward_model.get("question", ""),
-        sample_id=sample_id,
+        ground_truth=prompt.ground_truth,
+        options=prompt.options,
+        kind=prompt.kind,
+        question=prompt.question,
+        sample_id=prompt.id,
         max_response_length=max_response_length,
+        extra={"source": prompt.source, "video": prompt.video},
     )
 
 
 @dataclass(frozen=True)
 class GroupRewards:
-    """totals: one a sample. terms: every term's values, in the same order."""
+    """totals: one for each sample. terms: every term's values, in the same order."""
 
     totals: list[float]
     terms: dict[str, list[float]]

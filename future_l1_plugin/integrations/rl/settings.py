@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.la_dapo import Tempering
-from future_l1_plugin.latent import build_policy
+from future_l1_plugin.la_dapo import LaDapoLoss, LatentScoring
 from future_l1_plugin.rewards import RewardSet
 from future_l1_plugin.rewards.reward_set import ACCURACY
 
@@ -30,13 +29,34 @@ class LatentSection:
             setattr(self, key, {name: value for name, value in getattr(self, key).items() if value is not None})
             if "name" not in getattr(self, key):
                 raise ConfigError(f"latent.{key}: expected a `name` (deterministic, vmf or gaussian) and its keys")
-            build_policy(**getattr(self, key))
-        Tempering.from_name(self.tempering)
-        if self.kl_weight and not build_policy(**self.policy).stochastic:
+            LatentScoring.build(getattr(self, key), self.tempering)
+        if self.kl_weight and not self.scoring().policy.stochastic:
             raise ConfigError(
                 f"latent.kl_weight: {self.kl_weight} with a {self.policy['name']} policy, which has no KL. Set it to "
                 "0, or choose vmf or gaussian"
             )
+
+    def scoring(self, validate: bool = False) -> LatentScoring:
+        """Of rollouts for training, or for validation."""
+        return LatentScoring.build(self.val_policy if validate else self.policy, self.tempering)
+
+    def loss(self, *, with_kl: bool, kl_weight: float, **text: Any) -> LaDapoLoss:
+        """The loss that this section makes together with its host's own keys.
+
+        Args:
+            with_kl: whether there is a reference model; without it neither KL counts.
+            kl_weight: of the tokens' KL.
+            text: clip_low, clip_high, dual_clip, entropy_weight of tokens, as in `LaDapoLoss`.
+        """
+        return LaDapoLoss(
+            latent_clip_low=self.clip_low,
+            latent_clip_high=self.clip_high,
+            latent_dual_clip=self.dual_clip,
+            latent_weight=self.weight,
+            latent_kl_weight=self.kl_weight if with_kl else 0.0,
+            kl_weight=kl_weight if with_kl else 0.0,
+            **text,
+        )
 
 
 def checked_rewards(entries: Sequence[Mapping[str, Any]]) -> RewardSet:

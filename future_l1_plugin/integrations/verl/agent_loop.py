@@ -17,27 +17,19 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.profiler import simple_timer
 
 from future_l1_plugin.errors import DataError
-from future_l1_plugin.integrations.verl.failures import (
-    ERROR,
-    FATAL,
-    PROMPT_ID,
-    PromptFailed,
-    RequestAborted,
-    RolloutError,
-)
+from future_l1_plugin.integrations.rl.groups import RolloutError
+from future_l1_plugin.integrations.verl.columns import ROLLOUT, WAVE, to_columns
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, PromptFailed, RequestAborted
 from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.pixels import SharedPrompt, pixel_dtype, share
 from future_l1_plugin.integrations.verl.settings import latent_section
 from future_l1_plugin.integrations.verl.watch import GO_ON, Asked, agent_loop_worker, words
 from future_l1_plugin.integrations.verl.waves import WaveClient, deal
-from future_l1_plugin.latent.tokens import LATENT
-
-#: Field of a prompt: which decoding wave it belongs to (`LatentAgentLoopManager`).
-WAVE = "wave"
+from future_l1_plugin.la_dapo import Rollout
 
 
 class LatentOutput(AgentLoopOutput):
-    """verl's output with log-probabilities in float64 and, as fields of their own, latents and their mu (k, H).
+    """verl's output with a `Rollout` in its `extra_fields`, which becomes columns of the sample.
 
     `processor_inputs` (grids, and the name of the pixels) stays in the process: the worker reads it instead of running
     the processor again.
@@ -48,11 +40,8 @@ class LatentOutput(AgentLoopOutput):
     def as_dict(self) -> dict[str, Any]:
         output = super().as_dict()
         output.pop("processor_inputs", None)
-        for name in ("latents", "latent_means"):
-            output[name] = output["extra_fields"].pop(name)
-        # Untempered log-densities are of the order of 1e4, where float32 resolves 1e-3 nats.
-        output["rollout_log_probs"] = torch.tensor(self.response_logprobs, dtype=torch.float64)
-        return output
+        del output["extra_fields"][ROLLOUT]
+        return output | to_columns(self.extra_fields[ROLLOUT])
 
 
 class LatentAgentLoop(AgentLoopBase):
@@ -101,17 +90,13 @@ class LatentAgentLoop(AgentLoopBase):
                 )
             except RequestAborted as error:  # Ray's copy of it, which shows the server's traceback, too
                 raise PromptFailed(str(getattr(error, "cause", error))) from error
-        if "forced" not in output.extra_fields:  # the engine takes no requests now
+        rollout: Rollout | None = output.extra_fields.get(ROLLOUT)
+        if rollout is None:  # the engine takes no requests now
             raise PromptFailed(f"its request was {output.stop_reason} before it was decoded")
-        forced = output.extra_fields.pop("forced")
-        latent_id = self.tokenizer.convert_tokens_to_ids(LATENT)
-        # An end marker that the budget forced is no action; a latent is one, under the id that was forced for it.
-        mask = [int(not f or t == latent_id) for t, f in zip(output.token_ids, forced, strict=True)]
         return LatentOutput(
             prompt_ids=prompt.prompt_ids,
             response_ids=output.token_ids,
-            response_mask=mask,
-            response_logprobs=output.log_probs,
+            response_mask=rollout.actions.long().tolist(),
             num_turns=2,
             metrics=AgentLoopMetrics(**metrics),
             extra_fields={**output.extra_fields, "turn_scores": [], "tool_rewards": []},

@@ -12,12 +12,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
+from future_l1_plugin.integrations.verl.columns import LATENTS, rows
 from future_l1_plugin.latent import LatentTokens
-
-
-def rows(field: Any) -> list[Tensor]:
-    """The rows of a field. TransferQueue hands equal lengths back as a dense tensor, others as a nested one."""
-    return list(field.unbind())
 
 
 def flat(field: Any) -> Tensor:
@@ -41,7 +37,7 @@ def latent_rows(batch: TensorDict, tokens: LatentTokens) -> list[Tensor]:
     """
     expected = _row_sums(flat(batch["responses"]) == tokens.latent, batch["responses"])
     trained = _row_sums(flat(batch["response_mask"]), batch["response_mask"])
-    given = rows(batch["latents"])
+    given = rows(batch[LATENTS])
     given = [row if n or t else row[:0] for row, n, t in zip(given, expected, trained, strict=True)]
     for i, (row, n) in enumerate(zip(given, expected, strict=True)):
         if len(row) != n:

@@ -8,6 +8,7 @@ and latents apart; for tokens they are equal to verl's.
     rollout_is_batch_normalize    divide by the mean weight
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.la_dapo import RolloutCorrection, correction_weights
+from future_l1_plugin.integrations.rl.metrics import flat_actions
+from future_l1_plugin.la_dapo import Rollout, RolloutCorrection, correction_weights
 from future_l1_plugin.latent import LatentTokens
 
-#: Field of a batch: the weight of each action. verl's own name for it; its values are replaced by ours.
-WEIGHTS = "rollout_is_weights"
 KEY = "algorithm.rollout_correction"
 #: verl's defaults of the keys that have no meaning here, and why.
 _UNUSED = {
@@ -77,22 +77,16 @@ def parse_threshold(value: Any) -> tuple[float, float | None]:
 
 
 def weights_of(
-    settings: RolloutCorrection,
-    responses: list[Tensor],
-    masks: list[Tensor],
-    rollout: list[Tensor],
-    actor: list[Tensor],
-    tokens: LatentTokens,
+    settings: RolloutCorrection, rollouts: Sequence[Rollout], actor: Sequence[Tensor], tokens: LatentTokens
 ) -> tuple[list[Tensor], dict[str, float]]:
     """`correction_weights` (T_i,) of each response, in the log-probabilities' dtype, and statistics by name."""
-    ids, mask = torch.cat(responses), torch.cat(masks).bool()
-    old, drawn, is_latent = torch.cat(actor), torch.cat(rollout), ids == tokens.latent
+    old, drawn = torch.cat(list(actor)), torch.cat([rollout.log_probs for rollout in rollouts])
     weights, metrics = torch.zeros_like(old), {}
-    for name, where in (("text", mask & ~is_latent), ("latent", mask & is_latent)):
+    for name, where in zip(("text", "latent"), flat_actions(rollouts, tokens), strict=True):
         found, statistics = correction_weights(settings, old, drawn, where)
         weights += found.to(weights)
         metrics |= {f"rollout_correction/{name}_{key}": value for key, value in statistics.items()}
-    return list(weights.split([len(row) for row in responses])), metrics
+    return list(weights.split([len(row) for row in actor])), metrics
 
 
 def _yaml(value: Any) -> str:

@@ -33,6 +33,7 @@ from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.rl.prompts import check_judged
 from future_l1_plugin.integrations.rl.settings import checked_rewards
+from future_l1_plugin.integrations.verl.columns import PROMPT
 from future_l1_plugin.integrations.verl.unread import check_dataset_keys
 from future_l1_plugin.rewards import RewardSet
 
@@ -105,7 +106,7 @@ class LatentRLDataset(Dataset):
 
     A row (`dataset[i]`), all of it plain Python values:
         raw_prompt: messages (`chat_messages`); data_source: name for metrics;
-        reward_model: {"style": "rule", "ground_truth", "options", "kind", "question"};
+        reward_model: {"style": "rule", "ground_truth"}, which verl itself asks for;
         extra_info: {"index": i, "id"}; index: i; agent_name: "future_l1_latent";
         rl_prompt: `RlPrompt.to_dict()`; rl_limits: {"max_prompt_length": int | None, "frame_cache_mb": int}.
 
@@ -156,22 +157,16 @@ class LatentRLDataset(Dataset):
         return {
             "raw_prompt": chat_messages(prompt),
             "data_source": prompt.source,
-            "reward_model": {
-                "style": "rule",
-                "ground_truth": prompt.ground_truth,
-                "options": None if prompt.options is None else dict(prompt.options),
-                "kind": prompt.kind,
-                "question": prompt.question,
-            },
+            "reward_model": {"style": "rule", "ground_truth": prompt.ground_truth},
             "extra_info": {"index": index, "id": prompt.id},
             "index": index,
             "agent_name": AGENT_NAME,
-            "rl_prompt": prompt.to_dict(),
+            PROMPT: prompt.to_dict(),
             "rl_limits": dict(self._limits),
         }
 
     def resume_dataset_state(self) -> None:
-        """verl's word for "the data loader's state was loaded". Nothing to do: prompts stay in pickled copies."""
+        """Called by verl after it restores the loader. Nothing to do: prompts stay in pickled copies."""
 
     @classmethod
     def encode(cls, row: Mapping[str, Any], processor: Any) -> EncodedPrompt:
@@ -187,7 +182,7 @@ class LatentRLDataset(Dataset):
         Raises:
             DataError: files that cannot be read; a prompt of more than `data.max_prompt_length` tokens.
         """
-        prompt, limits = RlPrompt.from_dict(row["rl_prompt"]), row["rl_limits"]
+        prompt, limits = RlPrompt.from_dict(row[PROMPT]), row["rl_limits"]
         encoded = encode_prompt(prompt, processor, _frame_cache(limits["frame_cache_mb"]))
         most = limits["max_prompt_length"]
         if most is not None and len(encoded.prompt_ids) > most:

@@ -1,13 +1,11 @@
 """verl's FSDP2 engine, fed with the recorded latents: `actor.strategy: fsdp2_latent`.
 
 The engine's own forward pass runs unchanged inside a `LatentChannel`, which writes the latents of the rollout over the
-input embeddings and reads mu. At latent positions the log-probability of the id `<|latent|>`, which nobody chose, makes
-way for that of what was chosen: the latent itself and, where the span's budget leaves a choice, that the span went on.
+input embeddings and reads mu. At latent positions the log-probability of the id is replaced by the action's: the
+latent's density plus log(1 - p(end)) (`la_dapo.action_log_probs`).
 """
 
-import json
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +29,29 @@ from future_l1_plugin.integrations.verl.batch import (
     laid_out,
     latent_rows,
     response_positions,
-    rows,
     trained_latents,
+)
+from future_l1_plugin.integrations.verl.columns import (
+    ANGLE,
+    FIRST,
+    MEANS,
+    MU,
+    NUM_LATENTS,
+    RETURN_ANGLE,
+    RETURN_MU,
+    rows,
 )
 from future_l1_plugin.integrations.verl.lora import add_rows, embeddings_in_the_outermost_unit
 from future_l1_plugin.integrations.verl.names import ENGINE
 from future_l1_plugin.integrations.verl.pixels import restored
 from future_l1_plugin.integrations.verl.vision import as_images
-from future_l1_plugin.la_dapo import Tempering, angle_between, continue_log_prob_at, latent_log_prob
-from future_l1_plugin.latent import LatentChannel, build_policy
-from future_l1_plugin.latent.policy_base import Policy
+from future_l1_plugin.la_dapo import LatentScoring, action_log_probs, angle_between, continue_log_prob_at
+from future_l1_plugin.latent import LatentChannel
 from future_l1_plugin.model.card import write_card
 from future_l1_plugin.model.checkpoint import attach_head, load_head
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.token_rows import parted_state
 from future_l1_plugin.model.training import stored_dtype
-
-#: Keys of a batch. LATENT: the latent settings as JSON, put there by the trainer. RETURN_MU: whether an inference pass
-#: returns mu. MU: mu at the latent positions, (k_i, H) a row. FIRST: no update since the last inference pass.
-LATENT, RETURN_MU, MU, NUM_LATENTS, FIRST = "latent", "return_latent_mu", "latent_mu", "num_latents", "first_update"
-#: ROLLOUT_MU: the rollout's mu, (k_i, H) a row. RETURN_ANGLE: whether an inference pass returns ANGLE, (k_i, 1) a row:
-#: radians between the two.
-ROLLOUT_MU, RETURN_ANGLE, ANGLE = "latent_means", "return_latent_angle", "latent_angle"
-
-
-def latent_settings(policy: dict[str, Any], tempering: Any) -> str:
-    """What goes into a batch under `LATENT`."""
-    return json.dumps({"policy": policy, "tempering": tempering}, sort_keys=True)
-
-
-@cache
-def read_settings(text: str) -> tuple[Policy, Tempering]:
-    """Policy and tempering from `latent_settings`."""
-    values = json.loads(text)
-    return build_policy(**values["policy"]), Tempering.from_name(values["tempering"])
 
 
 @EngineRegistry.register(model_type="language_model", backend=ENGINE, device=["cuda", "cpu"])
@@ -95,6 +82,7 @@ class LatentEngine(FSDPEngineWithLMHead):
         self._channel: LatentChannel | None = None  # found in the module once, entered for each micro-batch
         self._fed: tuple[list[Tensor], Tensor] | None = None  # latents of each row; Bool (n,) where they stand
         self._updates = 0  # since the last inference pass
+        self.scoring: LatentScoring | None = None  # of the rollouts' latents; the trainer sets it before the first pass
         self.sync_dtype: torch.dtype | None = None  # of the weights that the rollout gets; None = the actor's own
 
     def _build_module(self):
@@ -234,16 +222,13 @@ class LatentEngine(FSDPEngineWithLMHead):
         latents, where = self._fed
         offsets = micro_batch["input_ids"].offsets()
         before = where.roll(-1)  # verl keeps the log-probability of a token at the position before it
-        went_on = 0.0
+        went_on = None
         if not self.latent.budget.exact:
             at = laid_out(before, micro_batch, output.logits.shape[:2])
             output.logits, went_on = self._went_on(output.logits, at, output_args)
         result = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        policy, tempering = read_settings(tu.get_non_tensor_data(micro_batch, LATENT, None))
         mu = self._channel.mu
-        chosen = latent_log_prob(policy, mu, torch.cat(latents).to(mu.device), tempering) + went_on  # float64 (K,)
-        # float64 from here on: an untempered density is of the order of 1e4, where float32 resolves 1e-3 nats.
-        log_probs = flat(result["log_probs"]).double().masked_scatter(before, chosen.double())
+        log_probs = action_log_probs(flat(result["log_probs"]), before, self.scoring, mu, torch.cat(latents), went_on)
         result["log_probs"] = torch.nested.nested_tensor_from_jagged(log_probs, offsets)
         if "entropy" in result:  # of a choice among all ids, which is not the choice to end a span or to go on
             ended = (micro_batch["input_ids"].values() == self.latent.tokens.end).roll(-1)
@@ -255,7 +240,7 @@ class LatentEngine(FSDPEngineWithLMHead):
         elif tu.get_non_tensor_data(micro_batch, RETURN_MU, False):
             result[MU] = torch.nested.nested_tensor_from_jagged(mu.float(), counts)
         if tu.get_non_tensor_data(micro_batch, RETURN_ANGLE, False):
-            means = [row[: len(z)] for row, z in zip(rows(micro_batch[ROLLOUT_MU]), latents, strict=True)]
+            means = [row[: len(z)] for row, z in zip(rows(micro_batch[MEANS]), latents, strict=True)]
             angle = angle_between(mu, torch.cat(means).to(mu.device))[:, None]
             result[ANGLE] = torch.nested.nested_tensor_from_jagged(angle, counts)
         return result

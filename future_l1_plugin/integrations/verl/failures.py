@@ -4,14 +4,6 @@
 ERROR, FATAL, PROMPT_ID = "error", "fatal", "prompt_id"
 
 
-class RolloutError(RuntimeError):
-    """A rollout or its reward failed, or no group is left to train on."""
-
-
-class NotFinite(RuntimeError):
-    """A loss or a gradient of a step is NaN or infinite."""
-
-
 class RequestAborted(RuntimeError):
     """The rollout engine gave a request up that was sound."""
 

@@ -20,12 +20,11 @@ import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
-from future_l1_plugin.integrations.rl.starved import way_out
-from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, RolloutError
-from future_l1_plugin.integrations.verl.reward import DROPPED
+from future_l1_plugin.integrations.rl.groups import GroupFilter, RolloutError, Verdict
+from future_l1_plugin.integrations.verl.columns import DROPPED, objects
+from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID
 from future_l1_plugin.integrations.verl.settings import GroupsSection
 from future_l1_plugin.integrations.verl.watch import GO_ON, Watch
-from future_l1_plugin.la_dapo import keep_group
 
 POLL_S = 0.05
 
@@ -50,7 +49,9 @@ class GroupBuffer(ReplayBuffer):
         self, groups: GroupsSection, filtered: bool, on_clear: Callable[[set[str]], Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.groups, self.filtered, self.on_clear = groups, filtered, on_clear
+        self.groups, self.on_clear = groups, on_clear
+        bounds = (groups.low, groups.high) if filtered else None
+        self.filter = GroupFilter(bounds, "groups.max_rounds", "algorithm.filter_groups.enable=False")
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int):
         """A batch of `batch_size` groups and the metrics of how it came about.
@@ -66,7 +67,7 @@ class GroupBuffer(ReplayBuffer):
         training = partition_id == "train"
         for round_ in range(1, self.groups.max_rounds + 1):
             self._wait(partition_id)
-            seen["failed"] += self._clear_failed(partition_id, seen["failed"])
+            seen[Verdict.FAILED] += self._clear_failed(partition_id, seen[Verdict.FAILED])
             verdicts = self._verdicts(partition_id, sampled) if training else {}
             seen.update(verdicts.values())
             self._clear_groups(partition_id, set(verdicts))
@@ -79,7 +80,7 @@ class GroupBuffer(ReplayBuffer):
                     "or leave them out of data.val_files"
                 )
             if round_ == self.groups.max_rounds:
-                raise RolloutError(self._starved(len(kept), batch_size, seen))
+                raise RolloutError(self.filter.starved(len(kept), batch_size, round_, seen))
             self.refill_fn(math.ceil((batch_size - len(kept)) * self.groups.refill))
         chosen, surplus = kept[:batch_size], set(kept[batch_size:])
         self._clear_groups(partition_id, surplus)
@@ -91,11 +92,8 @@ class GroupBuffer(ReplayBuffer):
         return batch, {
             "groups/accuracy": sum(sampled.values()) / len(sampled),
             "groups/rounds": round_,
-            "groups/too_easy": seen["too_easy"],
-            "groups/too_hard": seen["too_hard"],
-            "groups/no_verdict": seen["no_verdict"],
-            "groups/failed": seen["failed"],
-            "groups/filtered": seen["too_easy"] + seen["too_hard"] + seen["no_verdict"],
+            **{f"groups/{verdict}": seen[verdict] for verdict in Verdict if verdict != Verdict.KEPT},
+            "groups/filtered": seen[Verdict.TOO_EASY] + seen[Verdict.TOO_HARD] + seen[Verdict.NO_VERDICT],
             "groups/surplus": len(surplus),
         }
 
@@ -161,34 +159,24 @@ class GroupBuffer(ReplayBuffer):
         if uids and self.on_clear is not None:
             self.on_clear(uids)
 
-    def _verdicts(self, partition_id: str, sampled: dict[str, float]) -> dict[str, str]:
+    def _verdicts(self, partition_id: str, sampled: dict[str, float]) -> dict[str, Verdict]:
         """Why a finished group is not trained on, for those that are not; notes accuracies in `sampled`."""
         keys = [key for key in self.partitions[partition_id] if key.split("_")[0] in self.finished_keys[partition_id]]
         if not keys:
             return {}
         fields = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["extra_fields"])["extra_fields"]
         members: dict[str, list[dict[str, Any]]] = {}
-        for key, extra in zip(keys, list(fields), strict=True):
-            members.setdefault(key.split("_")[0], []).append(getattr(extra, "data", extra)["reward_extra_info"])
+        for key, extra in zip(keys, objects(fields), strict=True):
+            members.setdefault(key.split("_")[0], []).append(extra["reward_extra_info"])
         verdicts = {}
         for uid, infos in members.items():
             accuracies = [float(info["acc"]) for info in infos]
-            no_verdict = any(info.get(DROPPED) for info in infos)
-            if not no_verdict:
+            verdict = self.filter.verdict(accuracies, unjudged=any(info.get(DROPPED) for info in infos))
+            if verdict != Verdict.NO_VERDICT:
                 sampled[uid] = sum(accuracies) / len(accuracies)
-            if no_verdict:
-                verdicts[uid] = "no_verdict"
-            elif self.filtered and not keep_group(accuracies, self.groups.low, self.groups.high):
-                verdicts[uid] = "too_easy" if sampled[uid] > self.groups.high else "too_hard"
+            if verdict != Verdict.KEPT:
+                verdicts[uid] = verdict
         return verdicts
-
-    def _starved(self, found: int, wanted: int, seen: Counter[str]) -> str:
-        return (
-            f"after {self.groups.max_rounds} rounds of sampling {found} of {wanted} groups can be trained on: "
-            f"{seen['too_easy']} were too easy (mean accuracy above {self.groups.high:g}), {seen['too_hard']} too hard "
-            f"(below {self.groups.low:g}), {seen['no_verdict']} had no verdict from the judge, "
-            f"{seen['failed']} failed. {way_out(seen, 'groups.max_rounds', 'algorithm.filter_groups.enable=False')}"
-        )
 
 
 def whole_groups(keys: list[str], lengths: list[int], ranks: int) -> list[int] | None:

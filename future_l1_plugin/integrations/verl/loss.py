@@ -9,19 +9,18 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-from future_l1_plugin.integrations.verl.batch import rows
-from future_l1_plugin.integrations.verl.correction import WEIGHTS
-from future_l1_plugin.integrations.verl.engine import FIRST, LATENT, MU, NUM_LATENTS, read_settings
-from future_l1_plugin.la_dapo import LaDapoLoss, latent_kl, policy_loss
+from future_l1_plugin.integrations.verl.columns import FIRST, MU, NUM_LATENTS, WEIGHTS, rows
+from future_l1_plugin.la_dapo import LaDapoLoss, LatentScoring, LossInputs, kl_at_latents, policy_loss, split_actions
 
 
-def loss_function(settings: LaDapoLoss, latent_id: int, corrected: bool = False):
+def loss_function(settings: LaDapoLoss, scoring: LatentScoring, latent_id: int, corrected: bool = False):
     """What `worker_group.set_loss_fn` takes. corrected: the batch brings importance weights, under `WEIGHTS`."""
-    return partial(la_dapo_loss, settings, latent_id, corrected=corrected)
+    return partial(la_dapo_loss, settings, scoring, latent_id, corrected=corrected)
 
 
 def la_dapo_loss(
     settings: LaDapoLoss,
+    scoring: LatentScoring,
     latent_id: int,
     model_output: dict[str, Any],
     data: TensorDict,
@@ -36,22 +35,18 @@ def la_dapo_loss(
     names += ["ref_log_prob"] if "ref_log_prob" in data else []
     names += [WEIGHTS] if corrected else []
     padded = data.select(*names).to_padded_tensor()
-    trained = padded["response_mask"].bool()
-    latent_mask = trained & (padded["responses"] == latent_id)
-    mu = model_output[MU]
-    kl = torch.zeros_like(log_prob) if settings.latent_kl_weight else None
-    if kl is not None and len(mu):
-        policy, tempering = read_settings(tu.get_non_tensor_data(data, LATENT, None))
+    text_mask, latent_mask = split_actions(padded["responses"], padded["response_mask"], latent_id)
+    kl = None
+    if settings.latent_kl_weight:
         # In the batch, what the reference pass left; in the output, the actor's.
         reference = torch.cat([row[: int(n)] for row, n in zip(rows(data[MU]), latent_mask.sum(1), strict=True)])
-        kl = kl.masked_scatter(latent_mask, latent_kl(policy, mu, reference, tempering))
+        kl = kl_at_latents(log_prob, latent_mask, scoring, model_output[MU], reference)
     num_latents = tu.get_non_tensor_data(data, NUM_LATENTS, None)
-    loss, means, maxima = policy_loss(
-        settings,
+    inputs = LossInputs(
         log_prob=log_prob,
         old_log_prob=padded["old_log_probs"],
         advantages=padded["advantages"],
-        text_mask=trained & ~latent_mask,
+        text_mask=text_mask,
         latent_mask=latent_mask,
         num_text=data["batch_num_tokens"] - num_latents,
         num_latents=num_latents,
@@ -60,9 +55,10 @@ def la_dapo_loss(
         entropy=entropy,
         weights=padded[WEIGHTS] if corrected else None,
     )
+    found = policy_loss(settings, inputs)
     ranks = data["dp_size"]  # gradients and metrics are averaged over ranks
-    metrics = {name: Metric(AggregationType.SUM, value * ranks) for name, value in means.items()}
-    metrics |= {f"{name}_max": Metric(AggregationType.MAX, value) for name, value in maxima.items()}
+    metrics = {name: Metric(AggregationType.SUM, value * ranks) for name, value in found.means.items()}
+    metrics |= {f"{name}_max": Metric(AggregationType.MAX, value) for name, value in found.maxima.items()}
     if tu.get_non_tensor_data(data, FIRST, False):
-        metrics |= {f"{name}_first_max": Metric(AggregationType.MAX, value) for name, value in maxima.items()}
-    return loss * ranks, metrics
+        metrics |= {f"{name}_first_max": Metric(AggregationType.MAX, value) for name, value in found.maxima.items()}
+    return found.loss * ranks, metrics

@@ -13,15 +13,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
+from future_l1_plugin.data.prompt import RlPrompt
 from future_l1_plugin.integrations.rl.samples import make_sample
+from future_l1_plugin.integrations.verl.columns import DROPPED, PROMPT, ROLLOUT
 from future_l1_plugin.integrations.verl.dumps import facts, is_wanted
 from future_l1_plugin.integrations.verl.settings import reward_set
+from future_l1_plugin.la_dapo import Rollout
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards.judge import JudgeUnavailable
 from future_l1_plugin.rewards.reward_set import ACCURACY, CORRECT_FROM
-
-#: Key in `reward_extra_info`: why the sample's group must not be trained on.
-DROPPED = "dropped"
 
 
 class LatentRewardManager(RewardManagerBase):
@@ -41,16 +41,9 @@ class LatentRewardManager(RewardManagerBase):
         leaves the reason in `reward_extra_info`.
         """
         item = data[-1:][0]
-        length = int(item.non_tensor_batch["response_len"])
-        sample = make_sample(
-            self.tokenizer,
-            self.tokens,
-            item.batch["responses"][:length],
-            item.non_tensor_batch["tool_extra_fields"]["latents"],
-            item.non_tensor_batch["reward_model"],
-            str(item.non_tensor_batch["extra_info"]["id"]),
-            self.max_response_length,
-        )
+        prompt = RlPrompt.from_dict(item.non_tensor_batch[PROMPT])
+        rollout: Rollout = item.non_tensor_batch["tool_extra_fields"][ROLLOUT]
+        sample = make_sample(self.tokenizer, self.tokens, prompt, rollout, self.max_response_length)
         said = facts(sample, self.tokens, self.with_text)
         try:
             scores = await self.rewards.score_sample(sample)

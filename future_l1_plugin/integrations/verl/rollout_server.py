@@ -22,13 +22,13 @@ from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import TokenOutput
 
 from future_l1_plugin.errors import ConfigError, UserError
-from future_l1_plugin.integrations.rl.log_probs import decoded_log_probs
+from future_l1_plugin.integrations.rl.rollouts import rollouts_of
+from future_l1_plugin.integrations.verl.columns import ENGINE_NUMBER, ROLLOUT
 from future_l1_plugin.integrations.verl.failures import RequestAborted
 from future_l1_plugin.integrations.verl.pixels import Packed, opened, unpack
-from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER, Sampling, Wave, seed_of
+from future_l1_plugin.integrations.verl.sampling import Sampling, Wave, seed_of
 from future_l1_plugin.integrations.vllm.media import MEDIA
-from future_l1_plugin.la_dapo import Tempering
-from future_l1_plugin.latent import build_policy
+from future_l1_plugin.la_dapo import LatentScoring, Rollout
 from future_l1_plugin.model import LatentConfig, generate, load
 from future_l1_plugin.model.batch import left_padded
 
@@ -293,13 +293,13 @@ class LatentHFServer:
 
     def _decode(self, batch: list[_Request], stream: str, index: int) -> list[TokenOutput]:
         sampling = batch[0].sampling
-        policy, tempering = build_policy(**json.loads(sampling.policy)), Tempering.from_name(sampling.tempering)
+        scoring = LatentScoring.build(json.loads(sampling.policy), sampling.tempering)
         pad = self._processor.tokenizer.pad_token_id
         with torch.no_grad():
             out = generate(
                 self._model,
                 left_padded([request.inputs for request in batch], pad, self._device),
-                policy=policy,
+                policy=scoring.policy,
                 max_new_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -307,26 +307,18 @@ class LatentHFServer:
                 generator=torch.Generator(self._device).manual_seed(seed_of(sampling.seed, stream, index)),
                 record_means=True,
             )
-            log_probs = decoded_log_probs(out, policy, tempering, self._latent)
-        results = []
-        for i, request in enumerate(batch):
-            if not bool(log_probs[i].isfinite().all()):
-                raise RuntimeError(f"request {request.id}: a log-probability of its response is not finite")
-            results.append(
-                TokenOutput(
-                    token_ids=out.responses[i].tolist(),
-                    log_probs=log_probs[i].tolist(),
-                    stop_reason="completed",
-                    extra_fields={
-                        "latents": out.latents[i].cpu(),
-                        "latent_means": out.means[i].cpu(),
-                        "forced": out.forced[i].long().tolist(),
-                        "global_steps": self._version,
-                        ENGINE_NUMBER: self._replica_rank,
-                    },
-                )
-            )
-        return results
+            rollouts = rollouts_of(out, self._latent, scoring)
+        return [
+            self._output(rollout.checked(f"request {request.id}").on("cpu"))
+            for request, rollout in zip(batch, rollouts, strict=True)
+        ]
+
+    def _output(self, rollout: Rollout) -> TokenOutput:
+        return TokenOutput(
+            token_ids=rollout.ids.tolist(),
+            stop_reason="completed",
+            extra_fields={ROLLOUT: rollout, "global_steps": self._version, ENGINE_NUMBER: self._replica_rank},
+        )
 
     # Weights -------------------------------------------------------------------------------------------------------
 

@@ -19,14 +19,14 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.columns import ENGINE_NUMBER, ROLLOUT
 from future_l1_plugin.integrations.verl.failures import RequestAborted
 from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT as NAME
 from future_l1_plugin.integrations.verl.pixels import opened
-from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER, Sampling, seed_of
+from future_l1_plugin.integrations.verl.sampling import Sampling, seed_of
 from future_l1_plugin.integrations.vllm import overrides, read_latents, with_own
 from future_l1_plugin.integrations.vllm.inputs import engine_input
-from future_l1_plugin.la_dapo import Tempering, rollout_log_probs
-from future_l1_plugin.latent import build_policy
+from future_l1_plugin.la_dapo import LatentScoring, make_rollouts
 from future_l1_plugin.model import LatentConfig
 
 
@@ -97,7 +97,7 @@ class LatentVLLMServer(vLLMHttpServer):
                 seed=seed,
                 logprobs=0,
                 detokenize=False,
-                extra_args={**latent_args, "latent_seed": seed, "latent_return": "means"},
+                extra_args={**latent_args, "latent_seed": seed, "latent_return": "means", "latent_form": "bytes"},
             ),
             request_id,
             priority,
@@ -106,26 +106,22 @@ class LatentVLLMServer(vLLMHttpServer):
             return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields={"global_steps": self.global_steps})
         (answer,), got = output.outputs, read_latents(output)
         latent = LatentConfig.from_hf(self.model_config.hf_config)
-        log_probs = rollout_log_probs(
-            torch.tensor(answer.token_ids),
-            torch.tensor([entry[t].logprob for entry, t in zip(answer.logprobs, answer.token_ids, strict=True)]),
-            got.latents,
-            got.means,
-            None if latent.budget.exact else got.end_logprobs,
+        token_logprobs = [entry[t].logprob for entry, t in zip(answer.logprobs, answer.token_ids, strict=True)]
+        (rollout,) = make_rollouts(
+            [torch.tensor(answer.token_ids)],
+            [got.forced],
+            [torch.tensor(token_logprobs)],
+            [got.latents],  # in the model's dtype, as they were fed
+            [got.means],
+            None if latent.budget.exact else [got.end_logprobs],
             latent_id=latent.tokens.latent,
-            policy=build_policy(**policy),
-            tempering=Tempering.from_name(sampling.tempering),
+            scoring=LatentScoring.build(policy, sampling.tempering),
         )
-        if not bool(log_probs.isfinite().all()):
-            raise RuntimeError(f"request {request_id}: a log-probability of its response is not finite")
         return TokenOutput(
             token_ids=list(answer.token_ids),
-            log_probs=log_probs.tolist(),
             stop_reason="completed",
             extra_fields={
-                "latents": got.latents,  # in the model's dtype, as they were fed
-                "latent_means": got.means,
-                "forced": got.forced.long().tolist(),
+                ROLLOUT: rollout.checked(f"request {request_id}"),
                 "global_steps": self.global_steps,
                 ENGINE_NUMBER: self.replica_rank,
             },

@@ -17,9 +17,6 @@ from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.la_dapo.tempering import Tempering
 from future_l1_plugin.latent import build_policy
 
-#: Field of a response: the number of the engine (verl: replica) that gave it.
-ENGINE_NUMBER = "engine_number"
-
 #: Sampling parameters that we do not implement, and the value at which they do nothing.
 _NEUTRAL = {
     "repetition_penalty": 1.0,

@@ -99,16 +99,12 @@ class Settings:
             groups=from_mapping(GroupsSection, config.get("groups", {}), "groups"),
             rewards=reward_set(config),
             correction=rollout_correction(config),
-            loss=LaDapoLoss(
+            loss=latent.loss(
+                with_kl=actor.use_kl_loss,
+                kl_weight=actor.kl_loss_coef,
                 clip_low=actor.clip_ratio_low,
                 clip_high=actor.clip_ratio_high,
                 dual_clip=actor.clip_ratio_c,
-                latent_clip_low=latent.clip_low,
-                latent_clip_high=latent.clip_high,
-                latent_dual_clip=latent.dual_clip,
-                latent_weight=latent.weight,
-                latent_kl_weight=latent.kl_weight if actor.use_kl_loss else 0.0,
-                kl_weight=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
                 entropy_weight=actor.entropy_coeff,
             ),
         )

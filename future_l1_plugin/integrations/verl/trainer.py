@@ -11,33 +11,44 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import NonTensorData, NonTensorStack, TensorDict
+from torch import Tensor
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from future_l1_plugin.compat import require
+from future_l1_plugin.data.prompt import RlPrompt
 from future_l1_plugin.errors import CheckpointError, ConfigError
+from future_l1_plugin.integrations.rl.groups import NotFinite
+from future_l1_plugin.integrations.rl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.verl import advantage  # noqa: F401 (registers itself, also if this module comes first)
-from future_l1_plugin.integrations.verl.batch import rows
 from future_l1_plugin.integrations.verl.checkpoints import Checkpoints, kept, nothing_removed
-from future_l1_plugin.integrations.verl.correction import WEIGHTS, weights_of
+from future_l1_plugin.integrations.verl.columns import (
+    ANGLE,
+    ENGINE_NUMBER,
+    OF_ROLLOUT,
+    PROMPT,
+    RETURN_ANGLE,
+    RETURN_MU,
+    WEIGHTS,
+    from_columns,
+    nested,
+    objects,
+    rows,
+)
+from future_l1_plugin.integrations.verl.correction import weights_of
 from future_l1_plugin.integrations.verl.dataset import even_out
 from future_l1_plugin.integrations.verl.dumps import LENGTHS, TEXT, is_told, with_markers
-from future_l1_plugin.integrations.verl.engine import ANGLE, LATENT, RETURN_ANGLE, RETURN_MU, latent_settings
-from future_l1_plugin.integrations.verl.failures import NotFinite
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
 from future_l1_plugin.integrations.verl.loss import loss_function
-from future_l1_plugin.integrations.verl.metrics import angle_gaps, engine_metrics, log_prob_gaps, span_metrics
 from future_l1_plugin.integrations.verl.names import ROLLOUT, TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.pixels import keeper
 from future_l1_plugin.integrations.verl.resume import check_same_run, logged_before, put_back
 from future_l1_plugin.integrations.verl.reward import last_token
-from future_l1_plugin.integrations.verl.sampling import ENGINE_NUMBER
 from future_l1_plugin.integrations.verl.settings import Settings, check_attention
 from future_l1_plugin.integrations.verl.watch import GO_ON, Watch, agent_loop_worker
 from future_l1_plugin.integrations.verl.waves import WaveClient
@@ -49,8 +60,6 @@ logger = logging.getLogger(__name__)
 
 #: Of verl's figures of an update: what is not finite when a gradient was not.
 _FINITE = ("actor/loss", "actor/grad_norm")
-#: What rollout and actor say of the same actions.
-_GAP = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
 
 
 @register_trainer(TRAINER)
@@ -142,7 +151,9 @@ class LaDapoTrainer(PPOTrainerSync):
     def on_init_end(self) -> None:
         self._pixels = keeper()  # before any agent loop asks for it: it ends with who made it
         corrected = self.settings.correction is not None
-        self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, self.tokens.latent, corrected))
+        scoring = self.settings.latent.scoring()
+        self.actor_rollout_wg.set_scoring(scoring)
+        self.actor_rollout_wg.set_loss_fn(loss_function(self.settings.loss, scoring, self.tokens.latent, corrected))
         super().on_init_end()
 
     def get_llm_client(self) -> Any:
@@ -187,7 +198,7 @@ class LaDapoTrainer(PPOTrainerSync):
     def _log_rollout_data(self, batch: Any, timing_raw: dict[str, Any], rollout_data_dir: str) -> None:
         """verl's, with the text and the lengths that the reward workers left beside each rollout's scores."""
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        infos = [getattr(extra, "data", extra)["reward_extra_info"] for extra in list(data["extra_fields"])]
+        infos = [extra["reward_extra_info"] for extra in objects(data["extra_fields"])]
         self._said = dict(zip(batch.keys, infos, strict=True))
         super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
         self._said = {}
@@ -222,17 +233,17 @@ class LaDapoTrainer(PPOTrainerSync):
         return batch
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._tell(batch, return_angle=True)
+        batch.extra_info |= {RETURN_MU: False, RETURN_ANGLE: True}
         batch = super()._compute_old_log_prob(batch, metrics)
         for key in [key for key in metrics if key.startswith("training/rollout_")]:
             del metrics[key]  # verl's take a density for a probability; ours keep text and latents apart
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[*_GAP, ANGLE])
-        metrics.update(log_prob_gaps(*(rows(data[name]) for name in _GAP), self.tokens))
+        data = self._columns(batch, *OF_ROLLOUT, "old_log_probs", ANGLE)
+        metrics.update(log_prob_gaps(from_columns(data), rows(data["old_log_probs"]), self.tokens))
         metrics.update(angle_gaps(rows(data[ANGLE])))
         return batch
 
     def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._tell(batch, return_mu=bool(self.settings.loss.latent_kl_weight))
+        batch.extra_info |= {RETURN_MU: bool(self.settings.loss.latent_kl_weight), RETURN_ANGLE: False}
         return super()._compute_ref_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -247,18 +258,14 @@ class LaDapoTrainer(PPOTrainerSync):
             del metrics[key]
         if self.settings.correction is None:
             return
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_GAP)
-        weights, found = weights_of(self.settings.correction, *(rows(data[name]) for name in _GAP), self.tokens)
-        nested = torch.nested.as_nested_tensor(weights, layout=torch.jagged)
-        tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict({WEIGHTS: nested}, batch_size=len(batch.keys)),
-        )
+        data = self._columns(batch, *OF_ROLLOUT, "old_log_probs")
+        actor = rows(data["old_log_probs"])
+        weights, found = weights_of(self.settings.correction, from_columns(data), actor, self.tokens)
+        self._put(batch, WEIGHTS, weights)
         metrics.update(found)
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._tell(batch)
+        batch.extra_info |= {RETURN_MU: False, RETURN_ANGLE: False}
         batch = super()._update_actor(batch, metrics)
         self._check_finite(batch, metrics)
         metrics.update(ray.get(self._pixels.clear.remote()))  # no pass over them is left in this step
@@ -283,42 +290,28 @@ class LaDapoTrainer(PPOTrainerSync):
             "trainer.resume_mode=resume_path trainer.resume_from_path=CHECKPOINT and a trainer.project_name of its own"
         )
 
-    def _tell(self, batch: Any, return_mu: bool = False, return_angle: bool = False) -> None:
-        """Tell the engine how latents were drawn and what is wanted back."""
-        settings = latent_settings(self.settings.latent.policy, self.settings.latent.tempering)
-        batch.extra_info |= {LATENT: settings, RETURN_MU: return_mu, RETURN_ANGLE: return_angle}
+    def _columns(self, batch: Any, *names: str) -> TensorDict:
+        return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
+
+    def _put(self, batch: Any, name: str, values: list[Tensor]) -> None:
+        fields = TensorDict({name: nested(values)}, batch_size=len(batch.keys))
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _add_group_rewards(self, batch: Any, metrics: dict[str, Any]) -> None:
         """Replace each trajectory's own reward by its total, now that the whole group is here."""
-        fields = ["responses", "latents", "reward_model", "extra_fields", "uid", "extra_info"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        data = self._columns(batch, *OF_ROLLOUT, PROMPT, "extra_fields", "uid")
+        rollouts = from_columns(data)
+        prompts, extra, uids = (objects(data[name]) for name in (PROMPT, "extra_fields", "uid"))
         real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
-        responses, latents = rows(data["responses"]), rows(data["latents"])
-        columns = {name: [getattr(x, "data", x) for x in list(data[name])] for name in fields[2:]}
+        longest = self.config.data.max_response_length
         samples = [
-            make_sample(
-                self.tokenizer,
-                self.tokens,
-                responses[i],
-                latents[i],
-                columns["reward_model"][i],
-                str(columns["extra_info"][i]["id"]),
-                self.config.data.max_response_length,
-            )
-            for i in real
+            make_sample(self.tokenizer, self.tokens, RlPrompt.from_dict(prompts[i]), rollouts[i], longest) for i in real
         ]
         names = self.settings.rewards.sample_names
-        scores = [{name: columns["extra_fields"][i]["reward_extra_info"][name] for name in names} for i in real]
-        found = group_rewards(self.settings.rewards, samples, scores, [columns["uid"][i] for i in real])
+        scores = [{name: extra[i]["reward_extra_info"][name] for name in names} for i in real]
+        found = group_rewards(self.settings.rewards, samples, scores, [uids[i] for i in real])
         totals = dict(zip(real, found.totals, strict=True))
-        token_level = [last_token(totals.get(i, 0.0), len(responses[i])) for i in range(len(batch.keys))]
-        nested = torch.nested.as_nested_tensor(token_level, layout=torch.jagged)
-        tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict({"rm_scores": nested}, batch_size=len(batch.keys)),
-        )
+        self._put(batch, "rm_scores", [last_token(totals.get(i, 0.0), len(r.ids)) for i, r in enumerate(rollouts)])
         metrics.update(self.settings.rewards.metrics(samples, found.totals, found.terms))
         metrics.update(span_metrics(samples, self.tokens))
-        engines = [columns["extra_fields"][i][ENGINE_NUMBER] for i in real]
-        metrics.update(engine_metrics([columns["uid"][i] for i in real], engines))
+        metrics.update(engine_metrics([uids[i] for i in real], [extra[i][ENGINE_NUMBER] for i in real]))

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from future_l1_plugin.integrations.verl.failures import RolloutError
+from future_l1_plugin.integrations.rl.groups import RolloutError
 
 PING_S = 1.0
 _SHOWN = 8  # prompts that a message names

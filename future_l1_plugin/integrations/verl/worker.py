@@ -9,6 +9,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from future_l1_plugin.integrations.verl.batch import with_ragged_positions
+from future_l1_plugin.la_dapo import LatentScoring
 
 
 class LatentTrainingWorker(TrainingWorker):
@@ -42,6 +43,12 @@ class LatentWorker(ActorRolloutRefWorker):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.world_size))
             # Gradients of small models underflow to denormal numbers, on which a CPU is several times slower.
             torch.set_flush_denormal(True)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def set_scoring(self, scoring: LatentScoring) -> None:
+        """How the rollouts' latents were drawn, for every pass over them."""
+        for part in filter(None, (self.actor, self.ref)):
+            part.engine.scoring = scoring
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:

@@ -4,8 +4,8 @@ vLLM's KV connector is its only channel from the workers' step to the scheduler 
 moves no KV cache; it fills that channel.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from future_l1_plugin.integrations.vllm.params import LatentParams
-from future_l1_plugin.integrations.vllm.results import forced_ids, pack
+from future_l1_plugin.integrations.vllm.results import Latents, forced_ids, pack
 from future_l1_plugin.model.config import LatentConfig
+
+
+class Drawn(NamedTuple):
+    """One latent on its way to the request's end: z (H,), and mu (H,) and log p(end), a scalar, if it wants them."""
+
+    z: Tensor
+    mu: Tensor | None
+    end_logprob: Tensor | None
 
 
 @dataclass
@@ -52,7 +60,7 @@ class LatentConnector(KVConnectorBase_V1, SupportsHMA):
         self._latent = LatentConfig.from_hf(vllm_config.model_config.hf_config)
         self._none = torch.empty(0, vllm_config.model_config.get_hidden_size(), dtype=vllm_config.model_config.dtype)
         self.step: LatentStep | None = None
-        self._kept: dict[str, dict[int, tuple[Tensor | None, ...]]] = {}  # request -> position -> z, mu, log p(end)
+        self._kept: dict[str, dict[int, Drawn]] = {}  # request -> position
 
     # In the worker ---------------------------------------------------------------------------------------------------
 
@@ -75,9 +83,9 @@ class LatentConnector(KVConnectorBase_V1, SupportsHMA):
             if step.request_ids[row] in alive:
                 # A latent whose token the scheduler drops is overwritten when the position is decoded again, or never
                 # asked for.
-                self._kept.setdefault(step.request_ids[row], {})[position] = tuple(found)
+                self._kept.setdefault(step.request_ids[row], {})[position] = Drawn(*found)
 
-    def latents_of(self, request: Any) -> tuple[list[int], list[tuple[Tensor | None, ...]]]:
+    def latents_of(self, request: Any) -> tuple[list[int], list[Drawn]]:
         """Positions of the latents among the request's ids so far, and what was drawn there.
 
         Raises:
@@ -95,16 +103,17 @@ class LatentConnector(KVConnectorBase_V1, SupportsHMA):
         self._kept.pop(request.request_id, None)
         if params.returns == "none":
             return False, None
-        latents, means, end_logprobs = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
         limit = params.budget(self._latent.budget).limit
         response, forced_start = list(request.output_token_ids), self._latent.force_initial_latent_mode
-        with_means = params.returns == "means"
-        return False, pack(
-            latents=torch.stack(latents) if rows else self._none,
+        found = Latents(
+            latents=torch.stack([row.z for row in rows]) if rows else self._none,
             forced=forced_ids(response, self._latent.tokens, limit, forced_start),
-            means=(torch.stack(means) if rows else self._none) if with_means else None,
-            end_logprobs=(torch.stack(end_logprobs) if rows else torch.empty(0)) if with_means else None,
         )
+        if params.returns == "means":
+            means = torch.stack([row.mu for row in rows]) if rows else self._none
+            ends = torch.stack([row.end_logprob for row in rows]) if rows else torch.empty(0)
+            found = replace(found, means=means, end_logprobs=ends)
+        return False, pack(found, params.form)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))

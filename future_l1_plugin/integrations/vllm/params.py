@@ -9,6 +9,7 @@ latent_head         0: mu is the hidden state itself, whatever head the checkpoi
 latent_return       latents (default) | means (also mu and log p(end), as a rollout needs) | none
                     Latents come with the finished response: stop strings lose them and are refused (with none they
                     are free), and in the chunks of a stream (`stream: true`) vLLM has no place for them.
+latent_form         text (default: base64, which an HTTP response can hold) | bytes (for who calls the engine itself)
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from future_l1_plugin.latent.policy_base import Policy
 from future_l1_plugin.latent.spans import SpanBudget
 
 RETURNS = ("none", "latents", "means")
+FORMS = ("text", "bytes")
 #: The scheduler's own key: latents of a preempted request, on their way back to the worker.
 REPLAY = "_latent_replay"
-_KEYS = ("policy", "seed", "limit", "exact", "head", "return")
+_KEYS = ("policy", "seed", "limit", "exact", "head", "return", "form")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class LatentParams:
     exact: bool | None
     head: bool
     returns: str  # one of RETURNS
+    form: str  # one of FORMS
 
     @classmethod
     def parse(cls, extra_args: dict[str, Any] | None) -> "LatentParams":
@@ -54,9 +57,10 @@ class LatentParams:
             raise ConfigError(f"extra_args: unknown key 'latent_{unknown[0]}'; valid keys with policy {name}: {valid}")
         policy = {"name": name} | {key: get(key) for key in own if get(key) is not None}
         build_policy(**policy)
-        returns = get("return", "latents")
-        if returns not in RETURNS:
-            raise ConfigError(f"extra_args.latent_return: expected one of {', '.join(RETURNS)}, found {returns!r}")
+        returns, form = get("return", "latents"), get("form", "text")
+        for key, value, known in (("return", returns, RETURNS), ("form", form, FORMS)):
+            if value not in known:
+                raise ConfigError(f"extra_args.latent_{key}: expected one of {', '.join(known)}, found {value!r}")
         return cls(
             policy=tuple(sorted(policy.items())),
             seed=_whole("seed", get("seed", 0), -(2**63), 2**63),
@@ -64,6 +68,7 @@ class LatentParams:
             exact=None if get("exact") is None else bool(_whole("exact", get("exact"), 0, 2)),
             head=bool(_whole("head", get("head", 1), 0, 2)),
             returns=returns,
+            form=form,
         )
 
     def build_policy(self) -> Policy:

@@ -1,4 +1,4 @@
-"""The form in which latents leave the engine: JSON, since an HTTP response must hold it. Tensors are base64."""
+"""The form in which latents leave the engine with a finished request: bytes, or base64 where they cross HTTP."""
 
 import base64
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class Latents:
     end_logprobs: Tensor | None = None
 
 
-def pack(**tensors: Tensor | None) -> dict[str, Any]:
-    """`kv_transfer_params` of a request from the fields of `Latents`."""
-    return {KEY: {name: _encode(tensor) for name, tensor in tensors.items() if tensor is not None}}
+def pack(latents: Latents, form: str) -> dict[str, Any]:
+    """`kv_transfer_params` of a request; with the form "text" they are JSON values, with "bytes" msgpack's."""
+    return {KEY: {name: _encode(tensor, form) for name, tensor in vars(latents).items() if tensor is not None}}
 
 
 def unpack(params: dict[str, Any] | None) -> Latents:
@@ -59,16 +59,17 @@ def forced_ids(response: list[int], tokens: LatentTokens, limit: int, force_star
     return forced
 
 
-def _encode(tensor: Tensor) -> dict[str, Any]:
+def _encode(tensor: Tensor, form: str) -> dict[str, Any]:
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
-        "data": base64.b64encode(data).decode("ascii"),
+        "data": base64.b64encode(data).decode("ascii") if form == "text" else data,
     }
 
 
 def _decode(value: dict[str, Any]) -> Tensor:
-    dtype, data = getattr(torch, value["dtype"]), bytearray(base64.b64decode(value["data"]))
+    dtype, data = getattr(torch, value["dtype"]), value["data"]
+    data = bytearray(base64.b64decode(data) if isinstance(data, str) else data)
     flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return flat.view(value["shape"])

@@ -54,7 +54,7 @@ class LatentScheduler(AsyncScheduler):
             positions, rows = self.connector.latents_of(self.requests[new.req_id])
             if positions:
                 new.sampling_params = copy(new.sampling_params)  # the request's own stays as the user gave it
-                replay = (positions, torch.stack([row[0] for row in rows]))
+                replay = (positions, torch.stack([row.z for row in rows]))
                 new.sampling_params.extra_args = (new.sampling_params.extra_args or {}) | {REPLAY: replay}
         return output
 

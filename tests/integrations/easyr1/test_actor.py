@@ -1,6 +1,7 @@
 """The actor on a fixed batch, held against what the verl integration makes of it (`reference.json`)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ pytest.importorskip("verl.trainer.main", reason="needs EasyR1: make test-easyr1 
 from verl.protocol import DataProto
 
 from future_l1_plugin.integrations.easyr1 import actor as module
-from future_l1_plugin.integrations.easyr1.actor import EXTRA, LATENTS, REF_MU, STEP, object_array
-from future_l1_plugin.integrations.verl.failures import NotFinite
+from future_l1_plugin.integrations.easyr1.actor import EXTRA, REF_MU, ROLLOUT, STEP, object_array
+from future_l1_plugin.integrations.rl.groups import NotFinite
+from future_l1_plugin.la_dapo import Rollout
 
 pytestmark = pytest.mark.easyr1
 
@@ -42,6 +44,11 @@ def reference_batch(**more):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(row["response"].count(452), 128, generator=generator)
 
+    def rollout(i, row):
+        actions = torch.tensor(row["mask"]).bool()
+        log_probs = torch.tensor(row["old_log_probs"], dtype=torch.float64) + 0.01
+        return Rollout(torch.tensor(row["response"]), actions, log_probs, vectors(i, row))
+
     data = DataProto.from_dict(
         tensors={
             "input_ids": torch.cat([prompts, right("response")], 1),
@@ -51,11 +58,10 @@ def reference_batch(**more):
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, None].expand(-1, 4, -1).contiguous(),
             "old_log_probs": right("old_log_probs", torch.float64),
             "ref_log_probs": right("ref_log_probs", torch.float64),
-            "rollout_log_probs": right("old_log_probs", torch.float64) + 0.01,
             "advantages": torch.tensor([row["advantage"] for row in found])[:, None].expand(-1, width).contiguous(),
         },
         non_tensors={
-            LATENTS: object_array([vectors(i, row) for i, row in enumerate(found)]),
+            ROLLOUT: object_array([rollout(i, row) for i, row in enumerate(found)]),
             REF_MU: object_array([vectors(100 + i, row) for i, row in enumerate(found)]),
             EXTRA: object_array([{"id": f"q{i // 2}"} for i in range(len(found))]),
         },
@@ -102,7 +108,7 @@ def test_update_is_that_of_the_verl_integration(actor, micro_batch):
     actor.config.global_batch_size_per_device = len(data)
     text, latent = actor._masks(data.batch)
     inputs = {**data.batch, **data.non_tensor_batch}
-    loss, _, _ = actor._la_dapo(inputs, REFERENCE["temperature"], int(text.sum()), int(latent.sum()))
+    loss = actor._la_dapo(inputs, REFERENCE["temperature"], int(text.sum()), int(latent.sum())).loss
     assert loss.item() == pytest.approx(REFERENCE["loss"], abs=1e-4)
     actor.actor_optimizer.zero_grad()
     actor.config.micro_batch_size_per_device_for_update = micro_batch
@@ -123,7 +129,8 @@ def test_without_a_reference_there_is_no_kl(make_worker, make_config):
 
 def test_latents_of_another_rollout_are_refused(actor):
     data = reference_batch()
-    data.non_tensor_batch[LATENTS][2] = data.non_tensor_batch[LATENTS][2][1:]
+    rollouts = data.non_tensor_batch[ROLLOUT]
+    rollouts[2] = replace(rollouts[2], latents=rollouts[2].latents[1:])
     with pytest.raises(ValueError, match=r"has 10 <\|latent\|> ids, its rollout brought 9 latents"):
         actor.compute_log_prob(data)
 

@@ -81,7 +81,7 @@ def loss_of(worker, model):
     text, latent = actor._masks(data.batch)
     inputs = {**data.batch, **data.non_tensor_batch}
     with torch.no_grad():
-        return actor._la_dapo(inputs, REFERENCE["temperature"], int(text.sum()), int(latent.sum()))[0].item()
+        return actor._la_dapo(inputs, REFERENCE["temperature"], int(text.sum()), int(latent.sum())).loss.item()
 
 
 def test_the_rollout_decodes_with_merged_weights(stepped):

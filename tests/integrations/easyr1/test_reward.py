@@ -5,13 +5,15 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from rl_rows import a_prompt, rollout_of
 
 pytest.importorskip("verl.trainer.main", reason="needs EasyR1: make test-easyr1 EASYR1=path")
 
 from transformers import AutoTokenizer
 from verl.protocol import DataProto
 
-from future_l1_plugin.integrations.easyr1.actor import LATENTS, object_array
+from future_l1_plugin.integrations.easyr1.actor import ROLLOUT, object_array
+from future_l1_plugin.integrations.easyr1.dataset import PROMPT
 from future_l1_plugin.integrations.easyr1.reward import LatentRewardManager
 
 pytestmark = pytest.mark.easyr1
@@ -20,6 +22,11 @@ pytestmark = pytest.mark.easyr1
 @pytest.fixture(scope="module")
 def tokenizer(base):
     return AutoTokenizer.from_pretrained(base)
+
+
+def row_of(name, **changes):
+    choice = {"ground_truth": "A", "options": {"A": "up", "B": "down"}, "kind": "choice"}
+    return {"rl_prompt": a_prompt(name, **{**choice, **changes}).to_dict()}
 
 
 def finished(tokenizer, answers, latents, **columns):
@@ -34,11 +41,10 @@ def finished(tokenizer, answers, latents, **columns):
             "attention_mask": torch.stack([pad(torch.ones(3 + len(row)).long(), (0, width - len(row))) for row in ids]),
         },
         non_tensors={
-            LATENTS: object_array([torch.tensor([row]) for row in latents]),
-            "reward_model": object_array(
-                [{"ground_truth": "A", "options": {"A": "up", "B": "down"}, "kind": "choice"}] * len(ids)
+            ROLLOUT: object_array(
+                [rollout_of(torch.tensor(row), torch.tensor([z])) for row, z in zip(ids, latents, strict=True)]
             ),
-            "extra_info": object_array([{"id": f"q{i // 2}"} for i in range(len(ids))]),
+            PROMPT: object_array([row_of(f"q{i // 2}") for i in range(len(ids))]),
             **columns,
         },
     )
@@ -70,7 +76,9 @@ def test_a_group_without_a_verdict_has_no_reward(tokenizer):
     judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "on_failure": "drop_group", "max_retries": 0}
     data = finished(tokenizer, "AABB", [[1.0, 0.0]] * 4)
     for i in (2, 3):
-        data.non_tensor_batch["reward_model"][i] = {"ground_truth": "it falls off the table", "kind": "text"}
+        data.non_tensor_batch[PROMPT][i] = row_of(
+            f"q{i // 2}", ground_truth="it falls off the table", kind="text", options=None
+        )
     manager = LatentRewardManager([{"term": "accuracy", "weight": 1.0, "judge": judge}], tokenizer)
     _, columns = asyncio.run(manager.compute_reward(data))  # no uid: groups by prompt
     assert columns["no_verdict"] == [0, 0, 1, 1]

@@ -13,7 +13,7 @@ from verl.models.monkey_patch import apply_ulysses_patch
 from verl.protocol import DataProto
 
 from future_l1_plugin.errors import CheckpointError
-from future_l1_plugin.integrations.easyr1.actor import LATENTS
+from future_l1_plugin.integrations.easyr1.actor import ROLLOUT
 from future_l1_plugin.integrations.easyr1.dataset import create_dataloaders
 from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
 from future_l1_plugin.integrations.easyr1.rollout import build_model
@@ -38,13 +38,14 @@ def test_the_actor_scores_a_rollout_on_video_as_it_was_sampled(worker, make_conf
     """Positions, pixels, latents and weights all have to be right for this."""
     _, batch = roll_out(worker, make_config())
     assert batch.batch["responses"].shape == (2 * N, 24)
-    assert sum(map(len, batch.non_tensor_batch[LATENTS])) > 5
+    assert sum(len(rollout.latents) for rollout in batch.non_tensor_batch[ROLLOUT]) > 5
     batch.non_tensor_batch["uid"] = np.array([i // N for i in range(2 * N)], dtype=object)
     worker._process_multi_modal_inputs(batch)
     assert set(batch.non_tensor_batch["multi_modal_inputs"][0]) == {"pixel_values_videos", "video_grid_thw"}
     found = worker.compute_log_probs(batch).batch["old_log_probs"]
     trained = batch.batch["response_mask"].bool()
-    torch.testing.assert_close(batch.batch["rollout_log_probs"][trained], found[trained], atol=1e-4, rtol=0)
+    sampled = torch.cat([rollout.log_probs[rollout.actions] for rollout in batch.non_tensor_batch[ROLLOUT]])
+    torch.testing.assert_close(sampled, found[trained], atol=1e-4, rtol=0)
     outputs = [(out, i) for out in decoded for i in range(len(out.responses))]
     assert len(decoded) == 2  # batches of six and of two
     for values, mask, (out, i) in zip(found, batch.batch["response_mask"].bool(), outputs, strict=True):

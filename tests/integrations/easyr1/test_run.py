@@ -35,7 +35,7 @@ def test_two_steps_and_the_second_again(arguments, tmp_path):
     first, second = run()
     for step in (first, second):
         assert 0 < step["rollout_gap"]["text_max"] < 1e-3 and 0 < step["rollout_gap"]["latent_max"] < 1e-3
-        assert step["actor"]["grad_norm"] > 0 and step["latent"]["spans_a_response"] == 1
+        assert step["actor"]["grad_norm"] > 0 and step["latent"]["spans_per_response"] == 1
     assert first["actor"]["latent"]["kl_ref"] == 0 < second["actor"]["latent"]["kl_ref"]
     assert "val" in second and "val" not in first
 

@@ -18,8 +18,9 @@ from verl.trainer.ray_trainer import compute_advantage
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.easyr1.dataset import create_dataloaders
 from future_l1_plugin.integrations.easyr1.reward import LatentRewardManager
-from future_l1_plugin.integrations.easyr1.trainer import LaDapoTrainer, RolloutError
+from future_l1_plugin.integrations.easyr1.trainer import LaDapoTrainer
 from future_l1_plugin.integrations.easyr1.worker import LatentFSDPWorker, _Base
+from future_l1_plugin.integrations.rl.groups import RolloutError
 
 pytestmark = pytest.mark.easyr1
 
@@ -93,6 +94,7 @@ def test_filtering_goes_on_after_an_empty_round(worker, make_config, decoded, cl
     worker.release_rollout_engine()
     assert rewards.correct == [], "three rounds of two prompts"
     assert {k: v for k, v in metrics.items() if k.startswith("groups/")} == {
+        "groups/accuracy": pytest.approx(14 / 24),
         "groups/rounds": 3,
         "groups/too_easy": 2,
         "groups/too_hard": 1,
@@ -100,7 +102,8 @@ def test_filtering_goes_on_after_an_empty_round(worker, make_config, decoded, cl
         "groups/surplus": 1,
     }
     assert len(batch) == 2 * N and len(set(batch.non_tensor_batch["uid"])) == 2
-    assert metrics["reward/acc"] == pytest.approx(14 / 24)
+    assert metrics["groups/accuracy"] == pytest.approx(14 / 24)
+    assert metrics["reward/overall"] == pytest.approx(0.5 + 0.1 * sum(range(N)) / N)  # of the two groups trained on
     assert batch.batch["token_level_scores"].sum(1).tolist() == pytest.approx(
         [c + 0.1 * i for i, c in enumerate(mixed)] * 2
     )
@@ -110,7 +113,8 @@ def test_a_starved_step_says_why(worker, make_config, cluster):
     config = make_config("trainer.max_try_make_batch=1")
     trainer = make_trainer(config, worker, Rewards(worker.tokenizer, config.rewards, [1] * N + [0] * N))
     with pytest.raises(
-        RolloutError, match="1 rounds of sampling gave 0 of 2 groups to train on: 1 were too easy, 1 too hard"
+        RolloutError,
+        match=r"after 1 rounds of sampling 0 of 2 groups can be trained on: 1 were too easy \(.*\), 1 too hard",
     ):
         trainer._make_batch_data({})
 
@@ -124,8 +128,8 @@ def test_two_steps_of_easyr1s_training_loop(worker, make_config, decoded, cluste
     log = Path(config.trainer.save_checkpoint_path) / "experiment_log.jsonl"
     first, second, validation = [json.loads(line) for line in log.read_text().splitlines()]
     for step in (first, second):
-        assert step["groups"]["rounds"] == 1 and step["reward"]["acc"] == 0.5
-        assert step["latent"]["latents_a_span"] > 1
+        assert step["groups"]["rounds"] == 1 and step["groups"]["accuracy"] == 0.5
+        assert step["latent"]["latents_per_span"] > 1
         for part in ("text", "latent"):
             assert step["rollout_gap"][f"{part}_max"] < 1e-4  # what was sampled is what is scored
             assert step["actor"][part]["ratio_gap_first_max"] < 1e-5
