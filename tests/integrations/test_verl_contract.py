@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
 
 import future_l1_plugin.integrations.verl.trainer as ours
-from future_l1_plugin.integrations.verl import names
+from future_l1_plugin.integrations.verl import host, names
 
 SEAMS = [
     (PPOTrainer._compute_old_log_prob, "self, batch, metrics"),
@@ -62,6 +63,26 @@ SEAMS = [
         "self, input_ids, attention_mask, multi_modal_inputs, mm_processor_kwargs",
     ),
 ]
+
+
+def test_every_name_of_the_table_is_in_verl():
+    """But for vLLM's part of it, where vLLM is not installed."""
+    for name, place in host.NAMES.items():
+        if "vllm" not in place:
+            assert getattr(host, name) is not None
+    with pytest.raises(ImportError):
+        from future_l1_plugin.integrations.verl.host import not_in_the_table  # noqa: F401
+
+
+def test_nothing_else_imports_verl():
+    folder = Path(host.__file__).parent
+    found = {
+        path.name: line
+        for path in folder.glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.strip().startswith(("from verl", "import verl"))
+    }
+    assert not found
 
 
 @pytest.mark.parametrize(("function", "parameters"), SEAMS, ids=lambda x: getattr(x, "__qualname__", ""))

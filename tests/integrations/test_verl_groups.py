@@ -444,10 +444,9 @@ def test_a_step_that_is_not_finite_stops_before_anything_is_saved(monkeypatch):
     monkeypatch.setattr(PPOTrainerSync, "_update_actor", update)
     trainer = object.__new__(LaDapoTrainer)
     trainer._pixels = ray.remote(Keeper).options(num_cpus=0).remote()
-    trainer._tell = lambda batch: None
     trainer.global_steps = 7
     trainer._asked = {"a0": Asked("clip-7", ""), "a1": Asked("clip-8", "")}
-    batch = SimpleNamespace(keys=["a1_0_0", "a0_0_0", "a0_1_0"])
+    batch = SimpleNamespace(keys=["a1_0_0", "a0_0_0", "a0_1_0"], extra_info={})
     metrics = {}
     assert trainer._update_actor(batch, metrics) is batch
     assert metrics["actor/grad_norm"] == pytest.approx(0.6)

@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from verl.trainer.ppo.core_algos import register_adv_est
 
+from future_l1_plugin.integrations.verl.host import register_adv_est
 from future_l1_plugin.integrations.verl.names import ADVANTAGE
 from future_l1_plugin.la_dapo import la_dapo_advantage
 

@@ -11,15 +11,21 @@ import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, AgentLoopWorker
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.utils import tensordict_utils as tu
-from verl.utils.profiler import simple_timer
 
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.integrations.rl.groups import RolloutError
 from future_l1_plugin.integrations.verl.columns import ROLLOUT, WAVE, to_columns
 from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID, PromptFailed, RequestAborted
+from future_l1_plugin.integrations.verl.host import (
+    AgentLoopBase,
+    AgentLoopManagerTQ,
+    AgentLoopMetrics,
+    AgentLoopOutput,
+    AgentLoopWorker,
+    AgentLoopWorkerTQ,
+    simple_timer,
+    tu,
+)
 from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.pixels import SharedPrompt, pixel_dtype, share
 from future_l1_plugin.integrations.verl.settings import latent_section

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from verl.utils import tensordict_utils as tu
 
 from future_l1_plugin.integrations.verl.columns import LATENTS, rows
+from future_l1_plugin.integrations.verl.host import tu
 from future_l1_plugin.latent import LatentTokens
 
 

@@ -30,7 +30,8 @@ MU = "latent_mu"  # float32 (k, H), the reference's mu; in the output of a pass,
 ANGLE = "latent_angle"  # float32 (k, 1), radians between the rollout's mu and the actor's
 WEIGHTS = "rollout_is_weights"  # (T,), verl's own name for importance weights; its values are replaced by ours
 #: verl's columns and ours that together are a rollout; MEANS is asked for where it is needed.
-OF_ROLLOUT = ("responses", "response_mask", "rollout_log_probs", LATENTS)
+OF_ACTIONS = ("responses", "response_mask", "rollout_log_probs")
+OF_ROLLOUT = (*OF_ACTIONS, LATENTS)
 
 # In `extra_info` of a batch, from the trainer to the engine.
 RETURN_MU, RETURN_ANGLE = "return_latent_mu", "return_latent_angle"  # bool: what an inference pass gives back
@@ -59,9 +60,10 @@ def to_columns(rollout: Rollout) -> dict[str, Tensor]:
     }
 
 
-def from_columns(data: Any) -> list[Rollout]:
-    """The rollouts of rows that hold `OF_ROLLOUT`."""
-    ids, actions, log_probs, latents = (rows(data[name]) for name in OF_ROLLOUT)
+def from_columns(data: Any, with_latents: bool = True) -> list[Rollout]:
+    """The rollouts of rows that hold `OF_ROLLOUT`, or without latents, which are large, `OF_ACTIONS`."""
+    ids, actions, log_probs = (rows(data[name]) for name in OF_ACTIONS)
+    latents = rows(data[LATENTS]) if with_latents else [torch.empty(0, 0)] * len(ids)
     return [Rollout(*row) for row in zip(ids, [row.bool() for row in actions], log_probs, latents, strict=True)]
 
 

@@ -14,14 +14,6 @@ from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
-from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
-from verl.utils.model import convert_weight_keys
-from verl.utils.torch_dtypes import PrecisionType
-from verl.utils.transformers_compat import drop_tied_target_keys
-from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.engine.fsdp.utils import unfuse_moe_params
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.verl.batch import (
@@ -40,6 +32,19 @@ from future_l1_plugin.integrations.verl.columns import (
     RETURN_ANGLE,
     RETURN_MU,
     rows,
+)
+from future_l1_plugin.integrations.verl.host import (
+    EngineRegistry,
+    FSDPEngineWithLMHead,
+    PrecisionType,
+    convert_weight_keys,
+    drop_tied_target_keys,
+    get_device_id,
+    get_device_name,
+    merged_lora_context,
+    normalize_peft_param_name,
+    tu,
+    unfuse_moe_params,
 )
 from future_l1_plugin.integrations.verl.lora import add_rows, embeddings_in_the_outermost_unit
 from future_l1_plugin.integrations.verl.names import ENGINE

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from future_l1_plugin.integrations.rl.groups import GroupFilter, RolloutError, Verdict
 from future_l1_plugin.integrations.verl.columns import DROPPED, objects
 from future_l1_plugin.integrations.verl.failures import ERROR, FATAL, PROMPT_ID
+from future_l1_plugin.integrations.verl.host import ReplayBuffer, calculate_workload, get_seqlen_balanced_partitions
 from future_l1_plugin.integrations.verl.settings import GroupsSection
 from future_l1_plugin.integrations.verl.watch import GO_ON, Watch
 

@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from verl.utils import tensordict_utils as tu
-from verl.utils.metric import AggregationType, Metric
-from verl.workers.utils.padding import no_padding_2_padding
 
 from future_l1_plugin.integrations.verl.columns import FIRST, MU, NUM_LATENTS, WEIGHTS, rows
+from future_l1_plugin.integrations.verl.host import AggregationType, Metric, no_padding_2_padding, tu
 from future_l1_plugin.la_dapo import LaDapoLoss, LatentScoring, LossInputs, kl_at_latents, policy_loss, split_actions
 
 

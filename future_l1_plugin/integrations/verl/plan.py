@@ -122,8 +122,7 @@ def run(recipe: str, overrides: list[str], gpu_memory: float | None = None) -> i
 
 
 def _ask_verl(config: DictConfig) -> None:
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
+    from future_l1_plugin.integrations.verl.host import need_critic, need_reference_policy, validate_config
 
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints that all is well

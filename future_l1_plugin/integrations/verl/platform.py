@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 import torch
-from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+from future_l1_plugin.integrations.verl.host import PlatformBase, PlatformRegistry
 
 
 class _Cpu(str):

@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Callable
 
-from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
 from wrapt import register_post_import_hook
 
 from future_l1_plugin.compat import require
+from future_l1_plugin.integrations.verl.host import PlatformRegistry, get_platform, set_platform
 from future_l1_plugin.integrations.verl.names import AGENT_LOOP, ROLLOUT, VLLM_ROLLOUT
 
 _HERE = __name__.rpartition(".")[0]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from future_l1_plugin.data.prompt import RlPrompt
 from future_l1_plugin.integrations.rl.samples import make_sample
 from future_l1_plugin.integrations.verl.columns import DROPPED, PROMPT, ROLLOUT
 from future_l1_plugin.integrations.verl.dumps import facts, is_wanted
+from future_l1_plugin.integrations.verl.host import RewardManagerBase
 from future_l1_plugin.integrations.verl.settings import reward_set
 from future_l1_plugin.la_dapo import Rollout
 from future_l1_plugin.latent import LatentTokens

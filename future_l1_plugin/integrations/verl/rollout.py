@@ -10,13 +10,15 @@ from typing import Any
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from verl.plugin.platform import get_platform
-from verl.workers.config import RolloutConfig
-from verl.workers.rollout.base import BaseRollout
-from verl.workers.rollout.replica import RolloutReplica
-from verl.workers.rollout.utils import ensure_async_iterator
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.host import (
+    BaseRollout,
+    RolloutConfig,
+    RolloutReplica,
+    ensure_async_iterator,
+    get_platform,
+)
 from future_l1_plugin.integrations.verl.pixels import Packed, pack
 from future_l1_plugin.integrations.verl.rollout_server import WAVE_TIMEOUT_S, LatentHFServer
 from future_l1_plugin.model import LatentConfig

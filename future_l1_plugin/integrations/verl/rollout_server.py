@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from verl.plugin.platform import get_platform
-from verl.utils.fs import copy_to_local
-from verl.workers.rollout.replica import TokenOutput
 
 from future_l1_plugin.errors import ConfigError, UserError
 from future_l1_plugin.integrations.rl.rollouts import rollouts_of
 from future_l1_plugin.integrations.verl.columns import ENGINE_NUMBER, ROLLOUT
 from future_l1_plugin.integrations.verl.failures import RequestAborted
+from future_l1_plugin.integrations.verl.host import TokenOutput, copy_to_local, get_platform
 from future_l1_plugin.integrations.verl.pixels import Packed, opened, unpack
 from future_l1_plugin.integrations.verl.sampling import Sampling, Wave, seed_of
 from future_l1_plugin.integrations.vllm.media import MEDIA

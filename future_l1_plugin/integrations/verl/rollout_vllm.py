@@ -12,15 +12,18 @@ from typing import Any
 
 import ray
 import torch
-from verl.workers.rollout.replica import TokenOutput
-from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
-from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.verl.columns import ENGINE_NUMBER, ROLLOUT
 from future_l1_plugin.integrations.verl.failures import RequestAborted
+from future_l1_plugin.integrations.verl.host import (
+    TokenOutput,
+    vLLMColocateWorkerExtension,
+    vLLMHttpServer,
+    vLLMReplica,
+)
 from future_l1_plugin.integrations.verl.names import VLLM_ROLLOUT as NAME
 from future_l1_plugin.integrations.verl.pixels import opened
 from future_l1_plugin.integrations.verl.sampling import Sampling, seed_of

@@ -56,8 +56,8 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
     """
     import torch
     from transformers import Qwen3VLForConditionalGeneration
-    from verl.utils.fsdp_utils import _select_fsdp2_wrap_targets
 
+    from future_l1_plugin.integrations.verl.host import _select_fsdp2_wrap_targets
     from future_l1_plugin.integrations.verl.lora import embeddings_in_the_outermost_unit
     from future_l1_plugin.model.checkpoint import attach_head
     from future_l1_plugin.model.config import LatentConfig

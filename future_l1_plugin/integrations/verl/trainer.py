@@ -15,9 +15,6 @@ import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor
-from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from future_l1_plugin.compat import require
 from future_l1_plugin.data.prompt import RlPrompt
@@ -30,6 +27,7 @@ from future_l1_plugin.integrations.verl.checkpoints import Checkpoints, kept, no
 from future_l1_plugin.integrations.verl.columns import (
     ANGLE,
     ENGINE_NUMBER,
+    OF_ACTIONS,
     OF_ROLLOUT,
     PROMPT,
     RETURN_ANGLE,
@@ -44,6 +42,7 @@ from future_l1_plugin.integrations.verl.correction import weights_of
 from future_l1_plugin.integrations.verl.dataset import even_out
 from future_l1_plugin.integrations.verl.dumps import LENGTHS, TEXT, is_told, with_markers
 from future_l1_plugin.integrations.verl.groups import GroupBuffer, rank_metrics, whole_groups
+from future_l1_plugin.integrations.verl.host import PPOTrainerSync, Role, register_trainer
 from future_l1_plugin.integrations.verl.loss import loss_function
 from future_l1_plugin.integrations.verl.names import ROLLOUT, TRAINER, VLLM_ROLLOUT
 from future_l1_plugin.integrations.verl.pixels import keeper
@@ -237,8 +236,8 @@ class LaDapoTrainer(PPOTrainerSync):
         batch = super()._compute_old_log_prob(batch, metrics)
         for key in [key for key in metrics if key.startswith("training/rollout_")]:
             del metrics[key]  # verl's take a density for a probability; ours keep text and latents apart
-        data = self._columns(batch, *OF_ROLLOUT, "old_log_probs", ANGLE)
-        metrics.update(log_prob_gaps(from_columns(data), rows(data["old_log_probs"]), self.tokens))
+        data = _columns(batch, *OF_ACTIONS, "old_log_probs", ANGLE)
+        metrics.update(log_prob_gaps(from_columns(data, with_latents=False), rows(data["old_log_probs"]), self.tokens))
         metrics.update(angle_gaps(rows(data[ANGLE])))
         return batch
 
@@ -258,10 +257,12 @@ class LaDapoTrainer(PPOTrainerSync):
             del metrics[key]
         if self.settings.correction is None:
             return
-        data = self._columns(batch, *OF_ROLLOUT, "old_log_probs")
+        data = _columns(batch, *OF_ACTIONS, "old_log_probs")
         actor = rows(data["old_log_probs"])
-        weights, found = weights_of(self.settings.correction, from_columns(data), actor, self.tokens)
-        self._put(batch, WEIGHTS, weights)
+        weights, found = weights_of(
+            self.settings.correction, from_columns(data, with_latents=False), actor, self.tokens
+        )
+        _put(batch, WEIGHTS, weights)
         metrics.update(found)
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -290,16 +291,9 @@ class LaDapoTrainer(PPOTrainerSync):
             "trainer.resume_mode=resume_path trainer.resume_from_path=CHECKPOINT and a trainer.project_name of its own"
         )
 
-    def _columns(self, batch: Any, *names: str) -> TensorDict:
-        return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
-
-    def _put(self, batch: Any, name: str, values: list[Tensor]) -> None:
-        fields = TensorDict({name: nested(values)}, batch_size=len(batch.keys))
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
-
     def _add_group_rewards(self, batch: Any, metrics: dict[str, Any]) -> None:
         """Replace each trajectory's own reward by its total, now that the whole group is here."""
-        data = self._columns(batch, *OF_ROLLOUT, PROMPT, "extra_fields", "uid")
+        data = _columns(batch, *OF_ROLLOUT, PROMPT, "extra_fields", "uid")
         rollouts = from_columns(data)
         prompts, extra, uids = (objects(data[name]) for name in (PROMPT, "extra_fields", "uid"))
         real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
@@ -311,7 +305,16 @@ class LaDapoTrainer(PPOTrainerSync):
         scores = [{name: extra[i]["reward_extra_info"][name] for name in names} for i in real]
         found = group_rewards(self.settings.rewards, samples, scores, [uids[i] for i in real])
         totals = dict(zip(real, found.totals, strict=True))
-        self._put(batch, "rm_scores", [last_token(totals.get(i, 0.0), len(r.ids)) for i, r in enumerate(rollouts)])
+        _put(batch, "rm_scores", [last_token(totals.get(i, 0.0), len(r.ids)) for i, r in enumerate(rollouts)])
         metrics.update(self.settings.rewards.metrics(samples, found.totals, found.terms))
         metrics.update(span_metrics(samples, self.tokens))
         metrics.update(engine_metrics([uids[i] for i in real], [extra[i][ENGINE_NUMBER] for i in real]))
+
+
+def _columns(batch: Any, *names: str) -> TensorDict:
+    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
+
+
+def _put(batch: Any, name: str, values: list[Tensor]) -> None:
+    fields = TensorDict({name: nested(values)}, batch_size=len(batch.keys))
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from verl.workers.rollout.llm_server import LLMServerClient
+from future_l1_plugin.integrations.verl.host import LLMServerClient
 
 
 class WaveClient(LLMServerClient):

@@ -4,11 +4,15 @@ import os
 
 import torch
 from omegaconf import open_dict
-from verl.single_controller.base.decorator import Dispatch, register
-from verl.utils.device import get_device_name
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from future_l1_plugin.integrations.verl.batch import with_ragged_positions
+from future_l1_plugin.integrations.verl.host import (
+    ActorRolloutRefWorker,
+    Dispatch,
+    TrainingWorker,
+    get_device_name,
+    register,
+)
 from future_l1_plugin.la_dapo import LatentScoring
 
 
