@@ -69,8 +69,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def results_table(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a run a row, percent with standard errors; spans, latents and tokens (latents among them) a
-    response; seconds a sample, and right answers a second, from logs that have times, else "-"."""
-    header = ["model", *COLUMNS.values(), "spans", "latents", "tokens", "s a sample", "right a s"]
+    response; seconds per sample and correct answers per second, from logs that have times, else "-"."""
+    header = ["model", *COLUMNS.values(), "spans", "latents", "tokens", "s/sample", "correct/s"]
     return header, [[run.title, *(percent(run.metrics[key]) for key in COLUMNS), *_cost(run)] for run in runs.values()]
 
 

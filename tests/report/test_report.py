@@ -170,7 +170,7 @@ def test_sft_runs_stay_required(demo, missing):
 
 
 def test_cost_of_a_run():
-    """Two samples of 3 and 5 tokens and 0.5 and 1.5 seconds, one right: 1 s a sample, half a right answer a second."""
+    """Two samples of 3 and 5 tokens and 0.5 and 1.5 seconds, one right: 1 s/sample, half a correct answer per second."""
     timed = [Sample(i, "hop1", i == 0, SPAN, tokens=3 + 2 * i, seconds=0.5 + i) for i in range(2)]
     metrics = dict.fromkeys(COLUMNS, Metric(0.5, None))
     header, (row, old) = results_table(
@@ -180,7 +180,7 @@ def test_cost_of_a_run():
         }
     )
     cost = dict(zip(header, row, strict=True))
-    assert [cost[name] for name in ("spans", "latents", "tokens", "s a sample", "right a s")] == [
+    assert [cost[name] for name in ("spans", "latents", "tokens", "s/sample", "correct/s")] == [
         "1.00", "2.00", "4.0", "1", "0.5",
     ]  # fmt: skip
     assert old[-2:] == ["-", "-"]  # a log of an earlier version
