@@ -9,7 +9,7 @@ Three spellings are read into one `TwiffRecord`:
 | TwiFF-2.7M, raw  | `question`            | `answer`, `<rimage>`, `<ans>`   | `question_images_index`,   |
 |                  |                       |                                 | `reasoning_images_index`   |
 
-Frames are pool numbers, 1..8 (`future_l1_plugin.data.frames`). No video is opened here.
+Frames are pool numbers, 1..8 (`future_l1_plugin.data.frame_choice`). No video is opened here.
 
 Rules that the spellings leave open:
 
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from future_l1_plugin.data.frames import POOL_SIZE
+from future_l1_plugin.data.frame_choice import POOL_SIZE
 from future_l1_plugin.data.sources import Row, RowFault, data_files, is_dataset, listed, named_fields, read_rows
 from future_l1_plugin.errors import ConfigError, DataError
 

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from future_l1_plugin.data.frames import check_file
+from future_l1_plugin.data.container import check_file
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS, FutureBenchItem, multiple_choice_prompt
 from future_l1_plugin.data.prompt import (
     ALPHABET,

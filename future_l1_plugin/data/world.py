@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from future_l1_plugin.data.frames import write_video
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS, multiple_choice_prompt
 from future_l1_plugin.data.physics import (
     ASKS,
@@ -40,6 +39,7 @@ from future_l1_plugin.data.physics import (
     motions,
     simulate,
 )
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import DataError
 
 PIXELS = 64  # width and height of a frame

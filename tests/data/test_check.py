@@ -22,7 +22,7 @@ from future_l1_plugin import cli
 from future_l1_plugin.data import check as check_module
 from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.check import FAULTS, check_data
-from future_l1_plugin.data.frames import write_video
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import ConfigError, DataError
 
 FINAL = ("clean.jsonl", "rejected.jsonl", "summary.json")

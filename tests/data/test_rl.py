@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageFile
 
 from future_l1_plugin.data import FrameCache, make_world
-from future_l1_plugin.data.frames import write_video
 from future_l1_plugin.data.futurebench import load_items
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages, encode_prompt, listed_options
 from future_l1_plugin.data.records import load_records
 from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.data.sft import SftCollator, SftDataset
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.data.world import clip, draw_question, futurebench_item, seen_clip
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder

@@ -12,7 +12,7 @@ from PIL import Image
 
 from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.frames import write_video
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.integrations.chat import SpanStreamer, answer
 from future_l1_plugin.latent import LatentTokens
