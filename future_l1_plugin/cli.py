@@ -156,10 +156,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from future_l1_plugin.data.check import check_data, show
+    from future_l1_plugin.data.check import check_data
+    from future_l1_plugin.report.check import print_check
 
     outcome = check_data(args.data, args.videos, args.out, args.workers)
-    show(outcome)
+    print_check(outcome)
     return 1 if args.strict and outcome.summary["rejected"] else 0
 
 
