@@ -204,7 +204,8 @@ def _curate(args: argparse.Namespace) -> int:
     import re
 
     from future_l1_plugin.config import load_recipe
-    from future_l1_plugin.data.curation import CurationRecipe, curate
+    from future_l1_plugin.data.curation import curate
+    from future_l1_plugin.data.curation_recipe import CurationRecipe
     from future_l1_plugin.errors import ConfigError
     from future_l1_plugin.report.curation import plot_curation, print_curation
 

@@ -19,7 +19,9 @@ from PIL import Image
 from future_l1_plugin.cli import main
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import load_records, make_world
-from future_l1_plugin.data.curation import Curation, CurationRecipe, Score, Selection, curate, select
+from future_l1_plugin.data.curation import curate, select
+from future_l1_plugin.data.curation_answers import Curation, Score
+from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
 from future_l1_plugin.data.prompt import twiff_prompt
 from future_l1_plugin.data.rollouts import HfEngine, Job, Sampling, content_of, seed_of
 from future_l1_plugin.endpoint import EndpointError
@@ -341,7 +343,7 @@ def test_killed_again_and_again_it_ends_as_an_unbroken_run(recipe, server, tmp_p
 
 def test_what_no_rule_decides_goes_to_the_judge_once(recipe, server, tmp_path, monkeypatch):
     server.wordy = True
-    free = "future_l1_plugin.data.curation.twiff_prompt"
+    free = "future_l1_plugin.data.curation_answers.twiff_prompt"
     monkeypatch.setattr(free, lambda *a: dataclasses.replace(twiff_prompt(*a), options=None, kind="text"))
     found = curate(recipe())
     assert found.summary["undecided_counted_wrong"] == found.summary["answers"] and server.judged == 0
