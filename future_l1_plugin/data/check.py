@@ -32,7 +32,8 @@ from typing import Any
 from tqdm import tqdm
 
 from future_l1_plugin.data.check_pool import Clip, Fault, Faults, Frames, verdicts
-from future_l1_plugin.data.records import BadRecordError, RecordReader, TwiffRecord, text_fault
+from future_l1_plugin.data.record_files import RecordReader
+from future_l1_plugin.data.records import BadRecordError, TwiffRecord, text_fault
 from future_l1_plugin.data.sources import Row, RowFault, data_files, read_rows
 from future_l1_plugin.errors import ConfigError, DataError, EnvironmentMismatch
 from future_l1_plugin.journal import Journal, atomic_write, file_mark, json_line, key_of

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from future_l1_plugin.config import save_recipe
 from future_l1_plugin.data.curation_recipe import CurationRecipe
 from future_l1_plugin.data.prompt import RlPrompt, twiff_prompt
-from future_l1_plugin.data.records import TwiffRecord, load_records
+from future_l1_plugin.data.record_files import load_records
+from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.data.rollouts import EndpointEngine, Engine, HfEngine, Job, Sampling, each, seed_of
 from future_l1_plugin.data.sft import check_records
 from future_l1_plugin.errors import ConfigError, DataError

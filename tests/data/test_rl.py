@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from future_l1_plugin.data import FrameCache, make_world
 from future_l1_plugin.data.futurebench import load_items
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages, encode_prompt, listed_options
-from future_l1_plugin.data.records import load_records
+from future_l1_plugin.data.record_files import load_records
 from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.data.scenes import clip, seen_clip
 from future_l1_plugin.data.sft import SftCollator, SftDataset

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from future_l1_plugin.data.frames import VideoFrames
-from future_l1_plugin.data.records import Frame, Records, Text, TwiffRecord
+from future_l1_plugin.data.record_files import Records
+from future_l1_plugin.data.records import Frame, Text, TwiffRecord
 from future_l1_plugin.data.scenes import clip, seen_clip
 from future_l1_plugin.data.sft import IGNORED, SftCollator, SftDataset, SftSample, assistant_content, check_records
 from future_l1_plugin.data.video_writer import write_video
