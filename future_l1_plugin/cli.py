@@ -235,7 +235,7 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _judge(args: argparse.Namespace) -> int:
     from future_l1_plugin.config import load_recipe
-    from future_l1_plugin.endpoint import EndpointSettings
+    from future_l1_plugin.endpoint.settings import EndpointSettings
     from future_l1_plugin.errors import ConfigError
     from future_l1_plugin.evaluation.judging import judge_run, print_judged
 

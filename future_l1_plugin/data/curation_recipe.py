@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from future_l1_plugin.config import from_mapping
-from future_l1_plugin.endpoint import EndpointSettings
+from future_l1_plugin.endpoint.settings import EndpointSettings
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.rewards.judge import judge_settings
 

@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from future_l1_plugin.data.sources import data_files, read_rows
-from future_l1_plugin.endpoint import MalformedReply, shorten
-from future_l1_plugin.errors import DataError
+from future_l1_plugin.endpoint.errors import MalformedReply
+from future_l1_plugin.errors import DataError, shorten
 from future_l1_plugin.journal import key_of
 from future_l1_plugin.rewards.answer import extract_answer
 from future_l1_plugin.rewards.judge import harmless, stated

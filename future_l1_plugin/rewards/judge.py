@@ -3,7 +3,7 @@
     judge = build_judge({"base_url": "http://localhost:8000/v1", "model": "Qwen/Qwen3-8B", "cache": "out/judge.db"})
     reward = await judge.judge(question, reference, answer, sample_id)  # 1.0 or 0.0
 
-`endpoint.ChatClient` carries a prompt there and a usable reply back; `Judge` adds the prompt and the parser of
+`endpoint.client.ChatClient` carries a prompt there and a usable reply back; `Judge` adds the prompt and the parser of
 right-or-wrong verdicts.
 
 There is no score without a verdict. What happens when none can be had is a setting: `raise` stops the run (JudgeError),
@@ -24,8 +24,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from future_l1_plugin.config import merged
-from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, MalformedReply, NoReply, shorten
-from future_l1_plugin.errors import ConfigError, DataError, UserError
+from future_l1_plugin.endpoint.client import ChatClient
+from future_l1_plugin.endpoint.errors import EndpointError, MalformedReply, NoReply
+from future_l1_plugin.endpoint.settings import EndpointSettings
+from future_l1_plugin.errors import ConfigError, DataError, UserError, shorten
 
 ON_FAILURE = ("raise", "drop_group")
 

@@ -24,7 +24,7 @@ from future_l1_plugin.data.curation_answers import Curation, Score
 from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
 from future_l1_plugin.data.prompt import twiff_prompt
 from future_l1_plugin.data.rollouts import HfEngine, Job, Sampling, content_of, seed_of
-from future_l1_plugin.endpoint import EndpointError
+from future_l1_plugin.endpoint.errors import EndpointError
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch
 from future_l1_plugin.report.curation import plot_curation
 

@@ -17,7 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from omegaconf import OmegaConf
 
-from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, MalformedReply, NoReply, _retry_after
+from future_l1_plugin.endpoint.client import ChatClient, _retry_after
+from future_l1_plugin.endpoint.errors import EndpointError, MalformedReply, NoReply
+from future_l1_plugin.endpoint.settings import EndpointSettings
 from future_l1_plugin.errors import ConfigError, DataError, UserError
 from future_l1_plugin.rewards.judge import (
     PROMPT,
@@ -785,7 +787,7 @@ def test_a_cache_that_cannot_be_opened(judge, server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(EndpointError, match=r"the folder of .* cannot be made"):
         judge(cache=str(tmp_path / "file" / "cache.db"))
-    monkeypatch.setattr("future_l1_plugin.endpoint.CACHE_BUSY_S", 0.05)
+    monkeypatch.setattr("future_l1_plugin.endpoint.cache.CACHE_BUSY_S", 0.05)
     cache = tmp_path / "cache.db"
     client = judge(cache=str(cache))
     holder = sqlite3.connect(cache, isolation_level=None)

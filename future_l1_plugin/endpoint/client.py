@@ -6,21 +6,15 @@
 Whoever asks brings the prompt and the function that reads a reply: the judge of rewards (`rewards.judge`) and the
 rollouts of curation do.
 
-The key: the content of `api_key_file`, else OPENAI_API_KEY, which the openai client reads itself. A server other than
-OpenAI's usually wants none; without a key the placeholder "none" is sent there, because the client insists on one.
-
 No torch; `openai` is imported with the first request.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
-import sqlite3
 import threading
 import time
 import weakref
@@ -28,67 +22,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
-from future_l1_plugin.errors import ConfigError, UserError
+from future_l1_plugin.endpoint.cache import ReplyCache
+from future_l1_plugin.endpoint.errors import EndpointError, MalformedReply, NoReply
+from future_l1_plugin.endpoint.settings import MISSING, EndpointSettings, find_key
+from future_l1_plugin.errors import ConfigError, shorten
 
 T = TypeVar("T")
-
-MISSING = "???"
-#: Sent as key to a server that is not OpenAI's when no key is given.
-NO_KEY = "none"
-#: Seconds that one process waits for another's write to the cache.
-CACHE_BUSY_S = 30.0
-
-
-class EndpointError(UserError):
-    """No reply, for a reason that every sample meets alike, such as a refused key. `sample_id`: what was asked."""
-
-    def __init__(self, message: str, sample_id: str | None = None) -> None:
-        super().__init__(message)
-        self.sample_id = sample_id
-
-
-class NoReply(EndpointError):
-    """No usable reply for `sample_id`; other samples may get one."""
-
-
-class MalformedReply(ValueError):
-    """The endpoint replied, but not with what can be read. Raised by readers of replies; leads to a retry."""
-
-
-@dataclasses.dataclass
-class EndpointSettings:
-    """Where the endpoint is and how it is asked. Usable as a section of a recipe."""
-
-    base_url: str = "https://api.openai.com/v1"
-    model: str = MISSING
-    api_key_file: str | None = None  # a file that holds the key and nothing else; see the module's docstring
-    timeout_s: float = 60.0  # for one request, from connecting to the last byte of the reply
-    max_concurrency: int = 16  # requests at a time in one event loop (a process usually runs one)
-    max_retries: int = 5  # further requests after a failed one
-    backoff_s: float = 1.0  # wait before the first retry; doubles with each, minus up to half of it at random
-    max_backoff_s: float = 120.0  # the longest wait; a server that asks for a longer one counts as unavailable
-    temperature: float | None = 0.0  # null = not sent, for models that refuse it
-    max_tokens: int | None = 1024  # of the reply, thoughts included; null = not sent
-    cache: str | None = None  # SQLite file of replies, made if absent; processes may share it; null = no cache
-
-    def __post_init__(self) -> None:
-        try:
-            url = urlsplit(self.base_url)
-            usable = url.scheme in ("http", "https") and url.hostname
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ConfigError(f"base_url: expected a URL such as http://localhost:8000/v1, found {self.base_url!r}")
-        for name, least in (("max_concurrency", 1), ("max_retries", 0), ("max_tokens", 1), ("temperature", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"{name}: expected at least {least}, found {value!r}")
-        for name in ("timeout_s", "backoff_s", "max_backoff_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}: expected seconds above 0, found {value!r}")
 
 
 class _Retry(Exception):
@@ -148,8 +88,8 @@ class ChatClient:
         if settings.model in (MISSING, ""):
             raise ConfigError("model must be given: the name under which the endpoint serves it")
         self.settings = settings
-        self._key, self._key_source = _find_key(settings)
-        self._cache = _ReplyCache(Path(settings.cache).expanduser()) if settings.cache else None
+        self._key, self._key_source = find_key(settings)
+        self._cache = ReplyCache(Path(settings.cache).expanduser()) if settings.cache else None
         self._jitter = random.Random()  # its own: the waits must not move the random numbers of a training run
         self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._guard = threading.Lock()
@@ -339,29 +279,6 @@ async def _client_lifetime(base_url: str, key: str | None) -> AsyncGenerator:
         await client.close()
 
 
-def _find_key(settings: EndpointSettings) -> tuple[str | None, str]:
-    """(key, where it comes from in words). None: the openai client takes it from OPENAI_API_KEY."""
-    if settings.api_key_file:
-        path = Path(settings.api_key_file).expanduser()
-        try:
-            key = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"api_key_file: expected a text file with the key, {path} cannot be read: {error}"
-            ) from error
-        if not key or not key.isascii() or len(key.split()) != 1:
-            raise ConfigError(f"api_key_file: expected one word in {path}, the key, found {len(key.split())} words")
-        return key, f"from {path}"
-    if os.environ.get("OPENAI_API_KEY"):
-        return None, "from OPENAI_API_KEY"
-    host = urlsplit(settings.base_url).hostname or ""
-    if host == "openai.com" or host.endswith(".openai.com"):
-        raise ConfigError(
-            f"{host} wants a key. Put it into a file and name that as api_key_file, or set OPENAI_API_KEY"
-        )
-    return NO_KEY, "none was given"
-
-
 def _with_text(content: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:
     if not text or isinstance(content, str):
         return content + text if text else content
@@ -395,59 +312,3 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         except (ValueError, TypeError, OverflowError):
             return 0.0
     return max(0.0, seconds) if not math.isnan(seconds) else 0.0
-
-
-class _ReplyCache:
-    """Replies in an SQLite file, which any number of processes may share.
-
-    A connection lives for one operation: none is carried across a fork or between threads, and against a request to a
-    language model the cost is nothing. The journal is SQLite's default, not WAL, because WAL needs memory that all
-    processes share, which those on other machines of a cluster (file on a network disk) do not.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EndpointError(f"cache: the folder of {path} cannot be made: {error}. Set another path.") from error
-        with self._open():
-            pass
-
-    def get(self, key: str) -> str | None:
-        with self._open() as connection:
-            row = connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
-
-    def put(self, key: str, model: str, sample_id: str, reply: str) -> None:
-        with self._open() as connection:
-            connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, model, sample_id, reply))
-
-    @contextlib.contextmanager
-    def _open(self):
-        try:
-            # isolation_level=None: every statement is its own transaction.
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=CACHE_BUSY_S, isolation_level=None)
-            ) as connection:
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS replies "
-                    "(key TEXT PRIMARY KEY, model TEXT, sample_id TEXT, reply TEXT NOT NULL)"
-                )
-                yield connection
-        except sqlite3.OperationalError as error:
-            raise EndpointError(
-                f"{self._path}: the cache of replies cannot be used ({error}). Check that the folder is writable and "
-                "not full and that no process keeps the file locked, or set `cache` to another path."
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise EndpointError(
-                f"{self._path}: expected a cache of replies, an SQLite file, found a broken or foreign file ({error}). "
-                "Move it away, and the replies are asked for anew; or set `cache` to another path."
-            ) from error
-
-
-def shorten(value: Any) -> str:
-    """Its `repr`, the middle left out if it is long."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
