@@ -7,6 +7,7 @@ from future_l1_plugin.config import from_mapping
 from future_l1_plugin.endpoint.settings import EndpointSettings
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.rewards.judge import judge_settings
+from future_l1_plugin.values import at_least, one_of
 
 ENGINES = ("hf", "vllm", "endpoint")
 
@@ -88,15 +89,13 @@ class CurationRecipe:
             ("data.question_media", self.data.question_media, ("images", "video")),
             ("rollouts.engine", rollouts.engine, ENGINES),
         ):
-            if value not in allowed:
-                raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, found {value!r}")
+            one_of(key, value, allowed)
         least = [("rollouts.n", rollouts.n, 1), ("rollouts.max_new_tokens", rollouts.max_new_tokens, 1)]
         least += [("hf.batch_size", self.hf.batch_size, 1), ("select.size", select.size, 1)]
         least += [("select.most_text", select.most_text, 0), ("select.least_gain", select.least_gain, 1)]
         least += [("select.rl_sizes", size, 1) for size in select.rl_sizes]
         for key, value, smallest in least:
-            if value < smallest:
-                raise ConfigError(f"{key}: expected at least {smallest}, found {value}")
+            at_least(key, value, smallest)
         if rollouts.temperature <= 0:
             raise ConfigError(
                 f"rollouts.temperature: expected a number above 0 (greedy answers are all alike), found "

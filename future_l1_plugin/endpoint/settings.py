@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.values import at_least
 
 MISSING = "???"
 #: Sent as key to a server that is not OpenAI's when no key is given.
@@ -42,9 +43,8 @@ class EndpointSettings:
         if not usable:
             raise ConfigError(f"base_url: expected a URL such as http://localhost:8000/v1, found {self.base_url!r}")
         for name, least in (("max_concurrency", 1), ("max_retries", 0), ("max_tokens", 1), ("temperature", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"{name}: expected at least {least}, found {value!r}")
+            if (value := getattr(self, name)) is not None:
+                at_least(name, value, least)
         for name in ("timeout_s", "backoff_s", "max_backoff_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
