@@ -9,6 +9,7 @@ so a killed run goes on where it was, and machines can share the work (`shard`).
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,13 @@ class Score:
     @property
     def gain(self) -> int:
         return self.visual - self.text
+
+
+def shard_of(words: str) -> tuple[int, int]:
+    """ "I/N" as the numbers that `Curation` takes as its shard. Raises ConfigError."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", words)):
+        raise ConfigError(f"--shard {words}: expected I/N, such as 1/8")
+    return int(found[1]), int(found[2])
 
 
 class Curation:
