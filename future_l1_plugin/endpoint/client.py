@@ -93,13 +93,6 @@ class ChatClient:
         self._jitter = random.Random()  # its own: the waits must not move the random numbers of a training run
         self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._guard = threading.Lock()
-        self._stats = dict(requests=0, retries=0, cache_hits=0, malformed=0, failures=0, seconds=0.0)
-
-    def stats(self) -> dict[str, int | float]:
-        """Counts since this client was built: requests sent, retries among them, cache_hits, malformed replies,
-        failures (samples left without a usable reply), and seconds spent in requests, concurrent ones added up."""
-        with self._guard:
-            return dict(self._stats)
 
     async def ask(
         self,
@@ -134,17 +127,13 @@ class ChatClient:
         turn = state.turns.setdefault(key, _Turn())
         async with turn:
             if turn.failure is not None:
-                self._count(failures=1)
                 raise type(turn.failure)(str(turn.failure), sample_id) from turn.failure
             cached = await asyncio.to_thread(self._cache.get, key)
             if cached is not None:
                 try:
-                    result = read(cached)
+                    return read(cached)
                 except MalformedReply:
                     pass  # an older version's parser took it; its successor decides, so ask again
-                else:
-                    self._count(cache_hits=1)
-                    return result
             try:
                 reply, result = await self._fetch(state, request, sample_id, reminder)
             except EndpointError as error:
@@ -165,11 +154,6 @@ class ChatClient:
         parts += [] if seed is None else [seed]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _count(self, **by: float) -> None:
-        with self._guard:
-            for name, value in by.items():
-                self._stats[name] += value
-
     async def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()
         with self._guard:
@@ -189,13 +173,11 @@ class ChatClient:
             wait_s = 0.0
             try:
                 async with state.slots:  # free again during the wait before a retry
-                    self._count(requests=1, retries=int(attempt > 0))
                     reply = await self._send(state.client, request, added)
                 return reply, request.read(reply)
             except _Refused as error:
                 raise self._failure(str(error), sample_id, attempt + 1, error.all_alike) from error
             except MalformedReply as error:
-                self._count(malformed=1)
                 reason, added = str(error), reminder
             except _Retry as error:
                 reason, wait_s = str(error), error.wait_s
@@ -215,7 +197,6 @@ class ChatClient:
         return max(wait_s, longest * self._jitter.uniform(0.5, 1.0))
 
     def _failure(self, reason: str, sample_id: str, requests: int, all_alike: bool = False) -> EndpointError:
-        self._count(failures=1)
         return (EndpointError if all_alike else NoReply)(
             f"sample {sample_id}: no usable reply from {self.settings.model} at {self.settings.base_url} after "
             f"{requests} request{'s' if requests > 1 else ''}: {reason}.",
@@ -228,7 +209,6 @@ class ChatClient:
 
         settings = self.settings
         sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "seed": request.seed}
-        started = time.perf_counter()
         try:
             # The client's own timeout restarts with every byte; a server that drips would hold its slot for ever.
             async with asyncio.timeout(settings.timeout_s):
@@ -243,8 +223,6 @@ class ChatClient:
             raise self._status_error(error) from error
         except openai.APIConnectionError as error:
             raise _Retry(f"the connection failed ({error.__cause__ or error})") from error
-        finally:
-            self._count(seconds=time.perf_counter() - started)
         return _reply_text(response.text, request.cut_off)
 
     def _status_error(self, error: Any) -> _Retry | _Refused:

@@ -12,12 +12,11 @@ alike (a refused key, an unknown model, a broken cache) stops the run under eith
 train on nothing, and say nothing.
 """
 
-import asyncio
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -28,6 +27,7 @@ from future_l1_plugin.endpoint.client import ChatClient
 from future_l1_plugin.endpoint.errors import EndpointError, MalformedReply, NoReply
 from future_l1_plugin.endpoint.settings import EndpointSettings
 from future_l1_plugin.errors import ConfigError, DataError, UserError, shorten
+from future_l1_plugin.values import one_of
 
 ON_FAILURE = ("raise", "drop_group")
 
@@ -77,8 +77,7 @@ class JudgeSettings(EndpointSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.on_failure not in ON_FAILURE:
-            raise ConfigError(f"on_failure: expected one of {', '.join(ON_FAILURE)}, found {self.on_failure!r}")
+        one_of("on_failure", self.on_failure, ON_FAILURE)
         if absent := [name for name in PLACEHOLDERS if name not in (self.prompt or PROMPT)]:
             raise ConfigError(f"prompt: expected each of {', '.join(PLACEHOLDERS)} in it, found no {', '.join(absent)}")
 
@@ -200,38 +199,6 @@ class Judge:
             droppable = isinstance(error, NoReply) and self.settings.on_failure == "drop_group"
             kind = JudgeUnavailable if droppable else JudgeError
             raise kind(f"the judge gave no verdict: {error}", error.sample_id) from error
-
-    async def judge_many(
-        self, items: Iterable[JudgeItem | tuple[str, str, str, str]], progress: Callable[[int, int], None] | None = None
-    ) -> list[float | JudgeUnavailable]:
-        """Judge all items at once (`max_concurrency` requests at a time); results in the order of the items.
-
-        Under on_failure=drop_group an item without a verdict has its JudgeUnavailable in its place, which no arithmetic
-        takes for a score. Any other failure cancels the rest and is raised. `progress(done, total)` is called after
-        each item.
-        """
-
-        async def one(item: JudgeItem) -> float | JudgeUnavailable:
-            try:
-                return await self.judge(*item)
-            except JudgeUnavailable as error:
-                return error
-
-        tasks = [asyncio.ensure_future(one(JudgeItem(*item))) for item in items]
-        try:
-            for done, finished in enumerate(asyncio.as_completed(tasks), 1):
-                await finished
-                if progress is not None:
-                    progress(done, len(tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return [task.result() for task in tasks]
-
-    def stats(self) -> dict[str, int | float]:
-        """See ChatClient.stats."""
-        return self.client.stats()
 
     async def aclose(self) -> None:
         """See ChatClient.aclose."""
