@@ -185,7 +185,7 @@ def _curate(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, CurationRecipe, args.overrides)
     vllm = None
     if recipe.rollouts.engine == "vllm":
-        from future_l1_plugin.integrations.vllm.engine import VllmRollouts as vllm
+        from future_l1_plugin.integrations.vllm.engine import VllmEngine as vllm
     curated = curate(recipe, shard, args.select, vllm)
     if curated is None:
         print(f"shard {args.shard} is done. When all are: bring their *.jsonl together in {recipe.output}, --select")

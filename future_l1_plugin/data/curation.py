@@ -23,10 +23,10 @@ from typing import Any
 from future_l1_plugin.data.curation_answers import CONDITIONS, Curation, Score
 from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
 from future_l1_plugin.data.records import TwiffRecord
-from future_l1_plugin.data.rollouts import Engine
 from future_l1_plugin.data.sft import assistant_content
 from future_l1_plugin.journal import atomic_write, json_line, key_of
 from future_l1_plugin.latent.tokens import END, LATENT, START
+from future_l1_plugin.model.engine import Engine
 from future_l1_plugin.rewards.format import format_reward
 
 

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,10 +23,11 @@ from future_l1_plugin.data.curation_recipe import CurationRecipe
 from future_l1_plugin.data.prompt import RlPrompt, twiff_prompt
 from future_l1_plugin.data.record_files import load_records
 from future_l1_plugin.data.records import TwiffRecord
-from future_l1_plugin.data.rollouts import EndpointEngine, Engine, HfEngine, Job, Sampling, each, seed_of
+from future_l1_plugin.data.rollouts import Answerer, Attempt, EndpointAnswerer, LocalAnswerer, each, stable_hash
 from future_l1_plugin.data.sft import check_records
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.journal import Journal, key_of
+from future_l1_plugin.model.engine import Decoding, Engine, TransformersEngine, load_any
 from future_l1_plugin.rewards.accuracy import accuracy
 from future_l1_plugin.rewards.answer import extract_answer
 from future_l1_plugin.rewards.judge import JudgeItem, JudgeUnavailable, build_judge
@@ -61,10 +63,10 @@ class Curation:
         recipe: checked.
         shard: (i, n), this process' share of the records, 1 <= i <= n. Shares are the same on every machine.
         vllm: makes the engine of `rollouts.engine: vllm`, which is above this layer
-            (`integrations.vllm.engine.VllmRollouts`).
+            (`integrations.vllm.engine.VllmEngine`).
 
     Raises:
-        ConfigError: a shard that does not exist, or what the engine refuses.
+        ConfigError: a shard that does not exist, or what the answerer refuses.
         DataError: records that cannot be used, as `load_records` and `check_records`.
     """
 
@@ -91,22 +93,24 @@ class Curation:
         self._rollouts = Journal(self.output / "rollouts.jsonl", part - 1)
         self._verdicts = Journal(self.output / "verdicts.jsonl", part - 1)
         self._judge = None if recipe.judge is None else build_judge(recipe.judge)
-        self.engine = self._engine()
-        self._identity = self.engine.identity()
+        self.answerer = self._answerer()
+        self._identity = self.answerer.identity()
 
-    def _engine(self) -> Engine:
+    def _answerer(self) -> Answerer:
         rollouts, hf, vllm = self.recipe.rollouts, self.recipe.hf, self.recipe.vllm
-        sampling = Sampling(rollouts.temperature, rollouts.max_new_tokens, rollouts.seed)
+        decoding = Decoding(rollouts.max_new_tokens, rollouts.temperature)
         if rollouts.engine == "hf":
-            return HfEngine(hf.model, sampling, hf.batch_size, hf.device, hf.dtype)
+            engine = TransformersEngine(partial(load_any, hf.model, hf.device, hf.dtype))
+            return LocalAnswerer(engine, hf.model, hf.dtype, decoding, rollouts.seed, hf.batch_size)
         if rollouts.engine == "vllm":
             if self._vllm is None:
                 raise ConfigError("rollouts.engine: vllm needs its maker, see `Curation`; `future-l1 curate` gives it")
-            return self._vllm(vllm.model, sampling, vllm.args, vllm.dtype)
-        return EndpointEngine(self.recipe.endpoint_settings(), sampling)
+            engine = self._vllm(vllm.model, vllm.args, vllm.dtype)
+            return LocalAnswerer(engine, vllm.model, vllm.dtype, decoding, rollouts.seed)
+        return EndpointAnswerer(self.recipe.endpoint_settings(), rollouts.seed)
 
-    def jobs(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Job]]:
-        """(record, condition, job) of every answer that these records need."""
+    def attempts(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Attempt]]:
+        """(record, condition, attempt) of every answer that these records need."""
         rollouts = self.recipe.rollouts
         for record in records:
             # By relative path and size, not by place: machines keep their videos where they like.
@@ -116,7 +120,7 @@ class Curation:
                 shown = [prompt.question, prompt.media, prompt.pool, video]
                 drawn = [rollouts.temperature, rollouts.max_new_tokens, rollouts.seed]
                 for sample in range(rollouts.n):
-                    yield record, condition, Job(key_of(self._identity, shown, drawn, sample), prompt, sample)
+                    yield record, condition, Attempt(key_of(self._identity, shown, drawn, sample), prompt, sample)
 
     def _prompt(self, record: TwiffRecord, future: bool) -> RlPrompt:
         prompt = twiff_prompt(record, self.recipe.data.question_media, future)
@@ -127,7 +131,7 @@ class Curation:
     def mine(self) -> list[TwiffRecord]:
         """The records of this shard."""
         part, parts = self.shard
-        return [record for record in self.records if seed_of(record.id) % parts == part - 1]
+        return [record for record in self.records if stable_hash(record.id) % parts == part - 1]
 
     def run(self) -> None:
         """Make the answers and verdicts of this shard that are not there yet.
@@ -137,30 +141,36 @@ class Curation:
             verdicts are missing at the end. What is finished is kept, and the next run goes on from there.
         """
         save_recipe(self.recipe, self.output / "recipe.yaml")
-        jobs = [job for _, _, job in self.jobs(self.mine())]
+        attempts = [attempt for _, _, attempt in self.attempts(self.mine())]
         stored = {row["key"] for row in self._rollouts}
         bar = tqdm(
-            total=len(jobs),
-            initial=sum(job.key in stored for job in jobs),
+            total=len(attempts),
+            initial=sum(attempt.key in stored for attempt in attempts),
             desc="rollouts",
             unit="answer",
             disable=None if self._progress else True,
         )
 
-        def store(answers: list[tuple[Job, str]]) -> None:
+        def store(answers: list[tuple[Attempt, str]]) -> None:
             self._rollouts.append(
-                {"key": job.key, "id": job.prompt.id, "pool": job.prompt.pool, "sample": job.sample, "answer": answer}
-                for job, answer in answers
+                {
+                    "key": attempt.key,
+                    "id": attempt.prompt.id,
+                    "pool": attempt.prompt.pool,
+                    "sample": attempt.sample,
+                    "answer": answer,
+                }
+                for attempt, answer in answers
             )
-            stored.update(job.key for job, _ in answers)
+            stored.update(attempt.key for attempt, _ in answers)
             bar.update(len(answers))
 
         with bar:
-            failed = self.engine.run(jobs, lambda job: job.key in stored, store)
+            failed = self.answerer.run(attempts, lambda attempt: attempt.key in stored, store)
         if failed:
             raise DataError(
-                f"{self.output}: {len(failed):,} of {len(jobs):,} answers are missing, the rest is kept. The first: "
-                f"{failed[0]} Run the same command again."
+                f"{self.output}: {len(failed):,} of {len(attempts):,} answers are missing, the rest is kept. The "
+                f"first: {failed[0]} Run the same command again."
             )
         if self._judge is not None:
             self._ask_judge()
@@ -169,10 +179,10 @@ class Curation:
         """Verdicts on this shard's answers that no rule decides."""
         known = {row["key"] for row in self._verdicts}
         wanted: dict[str, JudgeItem] = {}
-        for record, _, job, answer in self._answers(self.mine()):
-            key = self._verdict_key(record, job, answer)
-            if key not in known and _by_rule(job.prompt, answer) is None:
-                question = job.prompt.question
+        for record, _, attempt, answer in self._answers(self.mine()):
+            key = self._verdict_key(record, attempt, answer)
+            if key not in known and _by_rule(attempt.prompt, answer) is None:
+                question = attempt.prompt.question
                 wanted[key] = JudgeItem(question, record.answer, extract_answer(answer) or "", record.id)
         bar = tqdm(total=len(wanted), desc="verdicts", unit="answer", disable=None if self._progress else True)
         missing: list[str] = []
@@ -197,20 +207,20 @@ class Curation:
                 f"kept. The first: {missing[0]} Run the same command again."
             )
 
-    def _verdict_key(self, record: TwiffRecord, job: Job, answer: str) -> str:
+    def _verdict_key(self, record: TwiffRecord, attempt: Attempt, answer: str) -> str:
         judge = self._judge.settings
-        return key_of(judge.model, judge.prompt, job.prompt.question, record.answer, extract_answer(answer))
+        return key_of(judge.model, judge.prompt, attempt.prompt.question, record.answer, extract_answer(answer))
 
-    def _answers(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Job, str]]:
-        """(record, condition, job, answer) of every answer to these records. Raises DataError if one is missing."""
+    def _answers(self, records: Sequence[TwiffRecord]) -> Iterator[tuple[TwiffRecord, str, Attempt, str]]:
+        """(record, condition, attempt, answer) of every answer to these records. Raises DataError if one is missing."""
         # Two records that ask the same of the same frames have their answers in common.
-        wanted: dict[str, list[tuple[TwiffRecord, str, Job]]] = {}
-        for record, condition, job in self.jobs(records):
-            wanted.setdefault(job.key, []).append((record, condition, job))
+        wanted: dict[str, list[tuple[TwiffRecord, str, Attempt]]] = {}
+        for record, condition, attempt in self.attempts(records):
+            wanted.setdefault(attempt.key, []).append((record, condition, attempt))
         total = len(wanted)
         for row in self._rollouts:
-            for record, condition, job in wanted.pop(row["key"], ()):
-                yield record, condition, job, row["answer"]
+            for record, condition, attempt in wanted.pop(row["key"], ()):
+                yield record, condition, attempt, row["answer"]
         if wanted:
             record = next(iter(wanted.values()))[0][0]
             raise DataError(
@@ -227,10 +237,10 @@ class Curation:
         right = {record.id: Counter() for record in self.records}
         verdicts = {row["key"]: row["correct"] for row in self._verdicts}
         undecided = 0
-        for record, condition, job, answer in self._answers(self.records):
-            correct = _by_rule(job.prompt, answer)
+        for record, condition, attempt, answer in self._answers(self.records):
+            correct = _by_rule(attempt.prompt, answer)
             if correct is None and self._judge is not None:
-                key = self._verdict_key(record, job, answer)
+                key = self._verdict_key(record, attempt, answer)
                 if key not in verdicts:
                     raise DataError(
                         f"{self.output}: the judge's verdict on an answer to record {record.id} is missing. Finish "

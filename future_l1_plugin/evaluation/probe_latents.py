@@ -23,8 +23,8 @@ from future_l1_plugin.evaluation.interventions import recorded_spans, split_span
 from future_l1_plugin.evaluation.statistics import Metric, clustered_stderr
 from future_l1_plugin.journal import key_of
 from future_l1_plugin.latent.tokens import END, START
-from future_l1_plugin.model import LatentConfig, generate
-from future_l1_plugin.model.batch import left_padded
+from future_l1_plugin.model import LatentConfig
+from future_l1_plugin.model.engine import Decoding, Request, TransformersEngine
 from future_l1_plugin.model.objective import OURS, latent_targets
 from future_l1_plugin.rewards.diversity import mean_adjacent_cosine
 
@@ -93,8 +93,7 @@ class Retrieval:
 
 @torch.inference_mode()
 def retrieval(
-    model: Any,
-    processor: Any,
+    engine: TransformersEngine,
     records: Sequence[TwiffRecord],
     pool: int = 16,
     batch_size: int = 16,
@@ -107,33 +106,37 @@ def retrieval(
     Span m of a response (those without latents aside) belongs to future frame m of the record; further spans or frames
     belong to nothing. Frames that are equal to the pixel count as one.
 
+    Args:
+        engine: of the model, which must leave latents alone.
+
     Raises:
         DataError: too few different future frames for the pool, or no span that belongs to a frame.
     """
-    config = LatentConfig.from_hf(model.config)
+    model, processor = engine.model, engine.processor
+    config, decoding = LatentConfig.from_hf(model.config), Decoding(max_new_tokens)
     collator = SftCollator(processor, config, question_media)
     dataset = SftDataset(list(records))
-    queries: list[tuple[int, Tensor, str]] = []  # record, mean of the span, name of its frame
     frames: dict[str, Tensor] = {}  # name (hash of the pixels) -> feature (H,)
     shown: list[list[str]] = []  # by record: names of the question's frames and of the future ones
     future: list[list[str]] = []
-    for start in tqdm(range(0, len(dataset), batch_size), desc="retrieval", unit="batch"):
-        samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        prompts = []
-        for sample in samples:
+
+    def requests(numbers: Sequence[int]) -> list[Request]:
+        asked = []
+        for number, sample in [(number, dataset[number]) for number in numbers]:
             pictures = [*sample.question_clip.frames, *sample.future.frames]
             names = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
             shown.append(list(dict.fromkeys(names)))
             future.append(names[len(sample.question_clip.frames) :])
-            features = frame_features(model, processor, config, pictures)
-            frames |= dict(zip(names, features, strict=True))
-            prompts.append(prompt_of(collator([sample])))
-        inputs = left_padded(prompts, processor.tokenizer.pad_token_id, model.device)
-        output = generate(model, inputs, max_new_tokens=max_new_tokens)
-        for i, (text, latents) in enumerate(zip(output.text, output.latents, strict=True)):
-            spans = split_spans(text, latents.cpu())
-            own = future[start + i]
-            queries += [(start + i, span.float().mean(0), name) for span, name in zip(spans, own, strict=False)]
+            frames.update(zip(names, frame_features(model, processor, config, pictures), strict=True))
+            asked.append(Request(number, prompt_of(collator([sample])), decoding))
+        return asked
+
+    queries: list[tuple[int, Tensor, str]] = []  # record, mean of the span, name of its frame
+    batches = [range(len(dataset))[start : start + batch_size] for start in range(0, len(dataset), batch_size)]
+    for answers in engine.answers(tqdm(batches, desc="retrieval", unit="batch"), requests):
+        for number, answer in answers:
+            spans = split_spans(answer.text, answer.latents.cpu())
+            queries += [(number, s.float().mean(0), name) for s, name in zip(spans, future[number], strict=False)]
     if not queries:
         raise DataError("retrieval: no response to the records has a span with latents")
     everything = sorted({name for names in future for name in names})

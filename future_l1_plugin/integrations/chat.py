@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.showing import encode, processor_media, read_picture
 from future_l1_plugin.latent.tokens import LatentTokens
-from future_l1_plugin.model import LatentOutput, generate, load
+from future_l1_plugin.model import load
+from future_l1_plugin.model.engine import Answer, Decoding, Request, TransformersEngine
 
 
 class SpanStreamer:
@@ -70,7 +72,7 @@ def answer(
     temperature: float = 0.0,
     seed: int = 0,
     out: TextIO | None = None,
-) -> LatentOutput:
+) -> Answer:
     """Load the checkpoint, show it the media, stream its answer to `out` (default: standard output).
 
     Raises CheckpointError for a checkpoint without latent tokens, DataError for media that cannot be read.
@@ -78,21 +80,16 @@ def answer(
     clip = None if video is None else read_frames(video, num_frames=num_frames)
     pictures = [read_picture(path) for path in images]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load(model_path, device=device)
+    engine = TransformersEngine(
+        partial(load, model_path, device=device), lambda requests: {"policy": policy, "on_token": streamer}
+    )
+    processor, tokens = engine.processor, LatentTokens.from_config(engine.model.config)
+    streamer = SpanStreamer(processor.tokenizer, tokens, out or sys.stdout)
     content = [{"type": "video"}] if clip else []
     content += [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
     media = processor_media(pictures, [(clip.frames, clip.metadata())] if clip else [])
     inputs = encode(processor, [{"role": "user", "content": content}], media)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    streamer = SpanStreamer(processor.tokenizer, LatentTokens.from_config(model.config), out or sys.stdout)
-    output = generate(
-        model,
-        inputs,
-        policy,
-        max_new_tokens,
-        temperature,
-        generator=torch.Generator(device).manual_seed(seed),
-        on_token=streamer,
-    )
+    asked = [Request(question, inputs, Decoding(max_new_tokens, temperature), seed)]
+    ((_, found),) = next(engine.answers([asked], list))
     streamer.finish()
-    return output
+    return found

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from http_stand_in import Handler, StandIn, no_key_no_proxy, serving
@@ -22,9 +23,10 @@ from future_l1_plugin.data.curation import curate, select
 from future_l1_plugin.data.curation_answers import Curation, Score
 from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
 from future_l1_plugin.data.prompt import twiff_prompt
-from future_l1_plugin.data.rollouts import HfEngine, Job, Sampling, content_of, seed_of
+from future_l1_plugin.data.rollouts import Attempt, LocalAnswerer, content_of, stable_hash
 from future_l1_plugin.endpoint.errors import EndpointError
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch
+from future_l1_plugin.model.engine import Decoding, TransformersEngine, load_any
 from future_l1_plugin.report.curation import plot_curation
 
 N = 4
@@ -74,7 +76,7 @@ class Model(Handler):
         images = sum(part["type"] == "image_url" for part in content)
         visual = images == len(record.image) + len(record.reasoning_image)
         assert visual or images == len(record.image)
-        sample = [seed_of(0, i) for i in range(N)].index(body["seed"])
+        sample = [stable_hash(0, i) for i in range(N)].index(body["seed"])
         with self.server.lock:
             self.server.asked.append((record.id, visual, sample))
         right = sample < plan(number)[visual]
@@ -217,11 +219,11 @@ def test_pixels_reach_the_endpoint_unchanged(world):
 
 def test_an_instruction_is_added_only_where_the_question_has_none(recipe):
     curation = Curation(recipe("rollouts.instruction=' Be brief.'"))
-    _, _, job = next(curation.jobs(curation.records))
-    assert "Be brief" not in job.prompt.question
+    _, _, attempt = next(curation.attempts(curation.records))
+    assert "Be brief" not in attempt.prompt.question
     record = dataclasses.replace(curation.records[0], question="<image>\nWhere does it go?")
-    _, _, job = next(curation.jobs([record]))
-    assert job.prompt.question.endswith("Where does it go? Be brief.")
+    _, _, attempt = next(curation.attempts([record]))
+    assert attempt.prompt.question.endswith("Where does it go? Be brief.")
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -336,69 +338,75 @@ def test_what_no_rule_decides_goes_to_the_judge_once(recipe, server, tmp_path, m
 
 
 @pytest.fixture
-def jobs(world):
+def attempts(world):
     prompts = [twiff_prompt(r, "video", future) for r in load_records(world.sft, world.videos)[:2] for future in (0, 1)]
-    return [Job(f"{i}-{sample}", prompt, sample) for i, prompt in enumerate(prompts) for sample in range(3)]
+    return [Attempt(f"{i}-{sample}", prompt, sample) for i, prompt in enumerate(prompts) for sample in range(3)]
 
 
-def run(engine, jobs, stored, most=10**9):
+def transformers(path, seed=0, batch_size=4):
+    """An answerer in this process."""
+    engine = TransformersEngine(partial(load_any, str(path), "cpu"))
+    return LocalAnswerer(engine, str(path), "auto", Decoding(8, temperature=1.0), seed, batch_size)
+
+
+def run(answerer, attempts, stored, most=10**9):
     """Store answers until there are `most`, as a kill would have it."""
 
     class Killed(Exception):
         pass
 
     def store(pairs):
-        for job, answer in pairs:
+        for attempt, answer in pairs:
             if len(stored) == most:
                 raise Killed
-            stored[job.key] = answer
+            stored[attempt.key] = answer
 
     with contextlib.suppress(Killed):
-        assert engine.run(jobs, lambda job: job.key in stored, store) == []
+        assert answerer.run(attempts, lambda attempt: attempt.key in stored, store) == []
     return stored
 
 
-def test_a_batch_that_was_half_stored_is_made_again_the_same(tiny_path, jobs):
-    engine = HfEngine(str(tiny_path), Sampling(1.0, 8, 0), batch_size=4, device="cpu")
-    whole = run(engine, jobs, {})
+def test_a_batch_that_was_half_stored_is_made_again_the_same(tiny_path, attempts):
+    answerer = transformers(tiny_path)
+    whole = run(answerer, attempts, {})
     assert len(whole) == 12 and len(set(whole.values())) > 6
     for most in (1, 6, 9):
-        assert run(engine, jobs, run(engine, jobs, {}, most)) == whole
-    other = HfEngine(str(tiny_path), Sampling(1.0, 8, 1), batch_size=4, device="cpu")
-    assert run(other, jobs, {}) != whole
+        assert run(answerer, attempts, run(answerer, attempts, {}, most)) == whole
+    assert run(transformers(tiny_path, seed=1), attempts, {}) != whole
 
 
-def test_a_checkpoint_without_latents_answers_too(tiny_path, jobs, tmp_path):
+def test_a_checkpoint_without_latents_answers_too(tiny_path, attempts, tmp_path):
     stock = tmp_path / "stock"
     shutil.copytree(tiny_path, stock)
     config = json.loads((stock / "config.json").read_text())
     latent = [key for key in config if "latent" in key or "projection" in key or key == "pool_after_proj"]
     assert "latent_id" in latent
     (stock / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in latent}))
-    engine = HfEngine(str(stock), Sampling(1.0, 8, 0), batch_size=6, device="cpu")
-    whole = run(engine, jobs, {})
-    assert len(whole) == 12 and run(engine, jobs, run(engine, jobs, {}, 7)) == whole
-    assert engine.identity() != HfEngine(str(tiny_path), Sampling()).identity()
+    answerer = transformers(stock, batch_size=6)
+    whole = run(answerer, attempts, {})
+    assert len(whole) == 12 and run(answerer, attempts, run(answerer, attempts, {}, 7)) == whole
+    assert answerer.identity() != transformers(tiny_path).identity()
     with pytest.raises(CheckpointError, match="expected a checkpoint folder or a hub id"):
-        run(HfEngine(str(tmp_path / "none"), Sampling()), jobs, {})
+        run(transformers(tmp_path / "none"), attempts, {})
 
 
 # -- vLLM: answers are tested in tests/integrations/test_vllm_engines.py ----------------------------------------------
 
 
-def test_what_an_answer_of_vllm_depends_on(tiny_path, jobs):
+def test_what_an_answer_of_vllm_depends_on(tiny_path, attempts):
     """Neither speed nor memory; and where nothing is missing vLLM is not asked for."""
-    from future_l1_plugin.integrations.vllm.engine import VllmRollouts
+    from future_l1_plugin.integrations.vllm.engine import VllmEngine
 
-    def engine(**args):
-        return VllmRollouts(str(tiny_path), Sampling(), args)
+    def answerer(**args):
+        path = str(tiny_path)
+        return LocalAnswerer(VllmEngine(path, args), path, "auto", Decoding(8, temperature=1.0), seed=0)
 
-    assert engine(max_num_seqs=4).identity() == engine(tensor_parallel_size=2).identity()
-    assert engine(quantization="fp8").identity() != engine().identity()
-    assert engine().run(jobs, lambda job: True, print) == []
+    assert answerer(max_num_seqs=4).identity() == answerer(tensor_parallel_size=2).identity()
+    assert answerer(quantization="fp8").identity() != answerer().identity()
+    assert answerer().run(attempts, lambda attempt: True, print) == []
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(EnvironmentMismatch, match="vllm is not installed"):
-            engine().run(jobs, lambda job: False, print)
+            answerer().run(attempts, lambda attempt: False, print)
 
 
 # -- command and bad input ---------------------------------------------------------------------------------------------

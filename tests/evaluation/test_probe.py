@@ -10,7 +10,6 @@ from future_l1_plugin import cli
 from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.sft import SftCollator, SftDataset
 from future_l1_plugin.errors import ConfigError, DataError
-from future_l1_plugin.evaluation import probe_latents
 from future_l1_plugin.evaluation.compare import Sample
 from future_l1_plugin.evaluation.interventions import (
     Intervention,
@@ -25,10 +24,10 @@ from future_l1_plugin.evaluation.interventions import (
 )
 from future_l1_plugin.evaluation.probe import BUDGETS, SPOILT, replacements
 from future_l1_plugin.evaluation.probe_latents import by_hop, frame_features, nearest, retrieval
-from future_l1_plugin.integrations.lmms_eval.engines import HfAnswers
 from future_l1_plugin.integrations.lmms_eval.probe import ProbedModel
 from future_l1_plugin.latent.tokens import END, LATENT, START, LatentTokens
-from future_l1_plugin.model import LatentConfig, LatentOutput, load
+from future_l1_plugin.model import LatentConfig, load
+from future_l1_plugin.model.engine import Answer, TransformersEngine
 from future_l1_plugin.model.objective import latent_targets
 from future_l1_plugin.model.tiny import MICRO_BASE, copy_micro_base
 from future_l1_plugin.paths import lmms_tasks_dir
@@ -177,7 +176,6 @@ def test_retrieval_finds_frames_where_they_are(world, checkpoint, monkeypatch):
     config = LatentConfig.from_hf(model.config)
     records = list(load_records(world.sft, world.videos))
     dataset, collator = SftDataset(records), SftCollator(processor, config)
-    asked = iter(range(len(records)))
 
     def future(sample):
         return latent_targets(model, config, collator([sample]))[0]
@@ -187,31 +185,27 @@ def test_retrieval_finds_frames_where_they_are(world, checkpoint, monkeypatch):
         return last.expand(4 * len(sample.future.frames), -1)
 
     def answering(latents_of):
-        def generate(model, inputs, max_new_tokens):
-            samples = [dataset[next(asked)] for _ in inputs["input_ids"]]
-            prompts = processor.tokenizer.batch_decode(inputs["input_ids"])
-            assert all(p.endswith("<|im_start|>assistant\n") for p in prompts), "the prompt holds its response"
-            assert LATENT not in prompts[0].split("<|im_start|>user")[1]
-            texts = [span(4) * len(sample.future.frames) for sample in samples]
-            latents = [latents_of(sample) for sample in samples]
-            return LatentOutput(None, [], latents, [], [], texts)
+        def answer(request):
+            sample, prompt = dataset[request.key], processor.tokenizer.decode(request.prompt_ids)
+            assert prompt.endswith("<|im_start|>assistant\n"), "the prompt holds its response"
+            assert LATENT not in prompt.split("<|im_start|>user")[1]
+            latents = latents_of(sample)
+            return Answer(span(4) * len(sample.future.frames), [], len(request.prompt_ids), len(latents), 0.0, latents)
 
-        return generate
+        engine = TransformersEngine(lambda: (model, processor))
+        monkeypatch.setattr(engine, "_decode", lambda requests: list(map(answer, requests)))
+        return engine
 
-    monkeypatch.setattr(probe_latents, "generate", answering(future))
-    found = retrieval(model, processor, records, pool=8)
+    found = retrieval(answering(future), records, pool=8)
     assert found.records == len(records) and found.spans == sum(len(r.reasoning_image) for r in records)
     assert found.pool.value == 1.0 and found.pool_chance == 1 / 8
     # Compression lets a shape that comes back to a cell differ by a pixel: two frames, one feature.
     assert found.same_clip.value > 0.9 and 0.12 < found.same_clip_chance < 0.35
 
-    asked = iter(range(len(records)))
-    monkeypatch.setattr(probe_latents, "generate", answering(shown))
-    found = retrieval(model, processor, records, pool=8)
+    found = retrieval(answering(shown), records, pool=8)
     assert found.same_clip.value < 0.1 and 0 < found.pool.value < 1  # the scene is right, the time is not
     with pytest.raises(DataError, match="a pool of 500 needs 499 future frames"):
-        asked = iter(range(len(records)))
-        retrieval(model, processor, records, pool=500)
+        retrieval(answering(shown), records, pool=500)
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ def test_probe_through_lmms_eval(benchmark, world, checkpoint, tmp_path, monkeyp
     (out / "answers.jsonl").write_text(kept[: len(kept) // 2])
     assert cli.main(command) == 0
     assert json.loads((out / "probe.json").read_text()) == numbers
-    monkeypatch.setattr(HfAnswers, "answers", lambda *args: pytest.fail("a question was asked again"))
+    monkeypatch.setattr(ProbedModel, "_requests", lambda *args: pytest.fail("a question was asked again"))
     assert cli.main(command) == 0
 
 

@@ -719,16 +719,16 @@ def test_a_stop_string_cuts_the_text_but_not_the_injected_one(checkpoint, tmp_pa
 
 
 def test_a_response_is_used_again_only_for_the_same_question(checkpoint, tmp_path, mixed_docs, monkeypatch):
-    from future_l1_plugin.integrations.lmms_eval.engines import Answer, HfAnswers
+    from future_l1_plugin.model.engine import Answer, TransformersEngine
 
     generated = []
 
-    def answers(self, batches, inputs_of):
+    def answers(self, batches, requests):
         for batch in batches:
             generated.append(len(batch))
-            yield [(job, Answer("x", 1, 1, 0, 0.0)) for job in batch]
+            yield [(instance, Answer("x", [1], prompt_tokens=1)) for instance in batch]
 
-    monkeypatch.setattr(HfAnswers, "answers", answers)
+    monkeypatch.setattr(TransformersEngine, "answers", answers)
 
     def run(folder: Path = checkpoint, more: str = "", docs=mixed_docs[:2], settings: dict | None = None) -> int:
         generated.clear()

@@ -13,7 +13,8 @@ import torch
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.vllm import read_config
 from future_l1_plugin.integrations.vllm.ahead import Ahead
-from future_l1_plugin.integrations.vllm.engine import READ_AHEAD, WAITING, Ask, VllmEngine, named
+from future_l1_plugin.integrations.vllm.engine import READ_AHEAD, WAITING, VllmEngine
+from future_l1_plugin.model.engine import Decoding, Request, named
 
 # ---- reading ahead --------------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class Counting:
 @pytest.fixture
 def start(monkeypatch):
     """An engine around `Counting`; a request is its prompt alone."""
-    monkeypatch.setattr(VllmEngine, "_request", lambda self, ask, inputs, hashes: ((ask.key, inputs, hashes), None))
+    monkeypatch.setattr(VllmEngine, "_request", lambda self, asked, inputs, hashes: ((asked.key, inputs, hashes), None))
 
     def start(**how):
         counting = Counting(**how)
@@ -140,8 +141,12 @@ def start(monkeypatch):
     return start
 
 
+PROMPT = torch.tensor([[1, 2]])
+
+
 def ask(item, inputs=None):
-    return Ask(item, [1, 2], inputs or {}, seed=item, sampling={"max_tokens": 5}, name=f"prompt {item}")
+    inputs = {"input_ids": PROMPT} if inputs is None else inputs
+    return Request(item, inputs, Decoding(max_new_tokens=5), seed=item, name=f"prompt {item}")
 
 
 def test_first_answers_come_before_many_prompts_were_read(start):
@@ -231,6 +236,7 @@ def test_pixels_are_cast_and_named_once_and_let_go_when_vllm_has_them(start, mon
 
     def encode(item):
         inputs = {"pixel_values": torch.full((4, 6), item / 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+        inputs["input_ids"] = PROMPT
         given.append(weakref.ref(inputs["pixel_values"]))
         return [ask(item, inputs) for _ in range(3)]
 

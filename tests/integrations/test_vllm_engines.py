@@ -16,7 +16,7 @@ from future_l1_plugin.data import make_world
 from future_l1_plugin.data.curation_answers import Curation
 from future_l1_plugin.data.curation_recipe import CurationRecipe
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.vllm.engine import VllmRollouts
+from future_l1_plugin.integrations.vllm.engine import VllmEngine
 from future_l1_plugin.model import convert, load, save
 from future_l1_plugin.model.tiny import MICRO_BASE
 from future_l1_plugin.paths import lmms_tasks_dir
@@ -56,8 +56,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def starts(checkpoint):
     """How often vLLM was asked to start. It does so once, in this process, for all tests."""
-    from future_l1_plugin.integrations.vllm.engine import VllmEngine
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import vllm
@@ -133,8 +131,6 @@ def test_an_evaluation_gives_the_same_answers(evaluate, starts, tmp_path):
 
 def test_a_run_that_is_killed_early_keeps_its_answers(evaluate, checkpoint, tmp_path, monkeypatch):
     """With kill -9 when its first answer is there. vLLM's own process ends with it and gives the device back."""
-    from future_l1_plugin.integrations.vllm.engine import VllmEngine
-
     kept, args = tmp_path / "vllm.jsonl", json.dumps(ARGS | {"max_num_seqs": 1})
     command = [sys.executable, "-m", "lmms_eval", "--model", "future_l1", "--tasks", "futurebench", "--limit", "8"]
     command += ["--model_args", f"pretrained={checkpoint},responses={kept},engine=vllm,vllm_args={args}"]
@@ -178,8 +174,6 @@ def alive(process):
 
 def test_settings_reach_vllm(evaluate, monkeypatch):
     """And the same draws come again, whatever was asked before. (Top-k needs what Triton's interpreter lacks.)"""
-    from future_l1_plugin.integrations.vllm.engine import VllmEngine
-
     made, make = [], VllmEngine._request
     monkeypatch.setattr(VllmEngine, "_request", lambda *given: made.append(make(*given)) or made[-1])
     more = {"policy": "vmf", "policy_kwargs": '{"mean_cosine": 0.5}', "resume": False, "vllm_args": json.dumps(ARGS)}
@@ -235,7 +229,7 @@ def curation(starts, checkpoint, world, tmp_path):
         }
         file = tmp_path / "recipe.yaml"
         file.write_text(json.dumps(values))
-        return Curation(load_recipe(file, CurationRecipe, overrides), progress=False, vllm=VllmRollouts)
+        return Curation(load_recipe(file, CurationRecipe, overrides), progress=False, vllm=VllmEngine)
 
     return make
 
@@ -261,7 +255,7 @@ def test_a_curation_that_was_broken_off_goes_on(curation, starts):
     whole = answers(curation("vllm", "whole", video))
     assert len(set(whole.values())) > 4
     broken, stored = curation("vllm", "broken", video), []
-    jobs = [job for _, _, job in broken.jobs(broken.mine())]
+    attempts = [attempt for _, _, attempt in broken.attempts(broken.mine())]
 
     def store(pairs):
         if len(stored) >= 3:
@@ -269,10 +263,12 @@ def test_a_curation_that_was_broken_off_goes_on(curation, starts):
         stored.extend(pairs)
 
     with contextlib.suppress(Killed):
-        broken.engine.run(jobs, lambda job: False, store)
-    done = {job.key: answer for job, answer in stored}
+        broken.answerer.run(attempts, lambda attempt: False, store)
+    done = {attempt.key: answer for attempt, answer in stored}
     assert 3 <= len(done) < ANSWERS
-    broken.engine.run(jobs, lambda job: job.key in done, lambda pairs: done.update({j.key: a for j, a in pairs}))
-    assert {(job.prompt.id, job.prompt.pool, job.sample): done[job.key] for job in jobs} == whole
+    broken.answerer.run(
+        attempts, lambda attempt: attempt.key in done, lambda pairs: done.update({one.key: a for one, a in pairs})
+    )
+    assert {(one.prompt.id, one.prompt.pool, one.sample): done[one.key] for one in attempts} == whole
     before = len(starts)
     assert answers(curation("vllm", "whole", video, "vllm.args.max_num_seqs=1")) == whole and len(starts) == before

@@ -87,7 +87,7 @@ def test_what_the_flags_do(spanning, video):
     hot = [say(temperature=2.0, seed=seed, num_frames=2) for seed in (1, 1, 2)]
     assert hot[0].text == hot[1].text != hot[2].text
     # Two frames make one temporal patch, the clip's ten make five; a timestamp and two markers go with each.
-    lengths = [say(num_frames=n).sequences.shape[1] for n in (2, 10, 32)]
+    lengths = [say(num_frames=n).prompt_tokens for n in (2, 10, 32)]
     assert lengths[1] - lengths[0] >= 4 * (4 + 2) and lengths[1] == lengths[2]
 
 
@@ -102,10 +102,10 @@ def test_the_stream_is_the_text(spanning, video):
     expected = re.sub(
         r"<\|latent_start\|>((?:<\|latent\|>)*)(<\|latent_end\|>)?",
         lambda m: f"[latent x{len(m[1]) // len('<|latent|>')}{'' if m[2] else ' (cut off)'}]",
-        output.text[0],
+        output.text,
     )
     assert visible(out.getvalue()) == expected
-    assert sum(int(n) for n, _ in SPAN.findall(expected)) == len(output.latents[0])
+    assert sum(int(n) for n, _ in SPAN.findall(expected)) == len(output.latents)
 
 
 def test_one_frame_video(spanning, tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_sft_runs_stay_required(demo, missing):
 
 
 def test_cost_of_a_run():
-    """Two samples of 3 and 5 tokens and 0.5 and 1.5 seconds, one right: 1 s/sample, half a correct answer per second."""
+    """Two samples of 3 and 5 tokens and 0.5 and 1.5 seconds, one right: 1 s/sample, 0.5 correct/s."""
     timed = [Sample(i, "hop1", i == 0, SPAN, tokens=3 + 2 * i, seconds=0.5 + i) for i in range(2)]
     metrics = dict.fromkeys(COLUMNS, Metric(0.5, None))
     header, (row, old) = results_table(

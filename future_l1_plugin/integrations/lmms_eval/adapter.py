@@ -11,8 +11,8 @@ Not supported (an error says so): log-likelihood tasks, multi-round tasks, audio
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,21 +20,23 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from lmms_eval import utils
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
-from future_l1_plugin.integrations.lmms_eval.engines import Answer, Engine, HfAnswers, Job, VllmAnswers
+from future_l1_plugin.integrations.lmms_eval.engines import describe_engine, vllm_engine
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
 from future_l1_plugin.integrations.lmms_eval.provenance import announce
+from future_l1_plugin.integrations.lmms_eval.rows import KeyedInstance, result_of, row_of
 from future_l1_plugin.integrations.lmms_eval.settings import Arguments, Generation
-from future_l1_plugin.journal import Journal, checkpoint_mark, key_of
+from future_l1_plugin.journal import Journal, checkpoint_mark, fingerprint, key_of
 from future_l1_plugin.latent import build_policy
-from future_l1_plugin.model import LatentConfig, LatentOutput, chat_template
+from future_l1_plugin.model import LatentConfig, chat_template, load
 from future_l1_plugin.model.checkpoint import load_processor
+from future_l1_plugin.model.engine import Answer, Engine, Request, TransformersEngine, named
 from future_l1_plugin.model.training import check_whole, sources
 
 SHOWN = 10  # bad samples that an error lists
@@ -81,7 +83,7 @@ class FutureL1(lmms):
             "budget": self._budget,
         }
         if args.engine != "hf":  # whose stored responses are older than the choice
-            self._identity["engine"] = self._engine.describe()
+            self._identity["engine"] = describe_engine(self._engine)
         path = Path(self.pretrained).resolve() if Path(self.pretrained).exists() else Path(self.pretrained)
         default = Path("outputs/lmms_eval") / f"{path.name}-{key_of(str(path))[:8]}.jsonl"
         self._log = Journal(args.responses or default, self._rank)
@@ -124,14 +126,14 @@ class FutureL1(lmms):
                 "attn_implementation": self.attn_implementation,
                 **self._budget,
             }
-            return HfAnswers(checkpoint, self._decoding, self._kept)
+            return TransformersEngine(partial(load, **checkpoint), self._latents_from)
         if self._world_size > 1:
             raise ConfigError(
                 f"engine=vllm: expected one process, found {self._world_size}. Start lmms-eval without a launcher, and "
                 'give vLLM the devices: vllm_args={"tensor_parallel_size": N}'
             )
         check_whole(self.pretrained, "pretrained")
-        return VllmAnswers(self.pretrained, self.dtype, self._latent.budget, policy, vllm_args)
+        return vllm_engine(self.pretrained, self.dtype, self._latent.budget, policy, vllm_args)
 
     def _checked_config(self) -> tuple[LatentConfig, str | None]:
         """The checkpoint's latent keys, with ours over them, and the hub's commit, None for a folder."""
@@ -167,8 +169,6 @@ class FutureL1(lmms):
 
     def describe(self) -> dict[str, Any]:
         """What its answers depend on, as JSON, for results.json: weights by hash, and what runs must share or tell."""
-        from future_l1_plugin.data.rollouts import fingerprint
-
         processor = self._processor()
         sizes = {kind: getattr(processor, f"{kind}_processor").size for kind in ("image", "video")}
         return {
@@ -186,7 +186,7 @@ class FutureL1(lmms):
                 "attention": self.attn_implementation,
                 "policy": self._identity["policy"],
                 "budget": asdict(self._latent.budget),
-                "engine": self._engine.describe(),
+                "engine": describe_engine(self._engine),
             },
         }
 
@@ -194,18 +194,18 @@ class FutureL1(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Responses in the order of the requests, special tokens kept."""
-        return [_result(row) if row else GenerationResult("") for row in self._respond(requests)]
+        return [result_of(row) if row else GenerationResult("") for row in self._respond(requests)]
 
     def _respond(self, requests: list[Instance]) -> list[dict[str, Any] | None]:
         """Rows of the response log in the order of the requests; None: padding, or bad media that is skipped."""
         rows: list[dict[str, Any] | None] = [None] * len(requests)
         known = self._log.read() if self._resume else {}
         pending = []
-        for batch in self._batches(self._jobs(requests)):
+        for batch in self._batches(self._keyed(requests)):
             # All or nothing: who shares a batch has a say in the last digits, so a broken-off run keeps its batches.
-            if all(job.key in known for job in batch):
-                for job in batch:
-                    rows[job.position] = known[job.key]
+            if all(instance.key in known for instance in batch):
+                for instance in batch:
+                    rows[instance.position] = known[instance.key]
             else:
                 pending.append(batch)
         missing = sum(map(len, pending))
@@ -214,8 +214,8 @@ class FutureL1(lmms):
         bad: dict[tuple, str] = {}
         done = len(requests) - missing
         with tqdm(total=len(requests), initial=done, desc="future_l1", unit="sample", disable=self.rank != 0) as bar:
-            for answers in self._engine.answers(pending, partial(self._inputs, bad)) if pending else ():
-                found = {job.position: _row(job, answer) for job, answer in answers}
+            for answers in self._engine.answers(pending, partial(self._requests, bad)) if pending else ():
+                found = {each.position: row_of(each, answer) | self._kept(answer) for each, answer in answers}
                 self._log.append(found.values())
                 for position, row in found.items():
                     rows[position] = row
@@ -223,7 +223,7 @@ class FutureL1(lmms):
         self._report(rows, bad)
         return rows
 
-    def _jobs(self, requests: list[Instance]) -> Iterator[Job]:
+    def _keyed(self, requests: list[Instance]) -> Iterator[KeyedInstance]:
         copies: Counter[tuple] = Counter()
         for position, request in enumerate(requests):
             _, to_messages, settings, doc_id, task, split = request.args
@@ -238,33 +238,44 @@ class FutureL1(lmms):
                 [copy, torch.initial_seed()] if random else None,
             )
             if not request.metadata.get("__padding_only__"):  # evens out the ranks; its result is thrown away
-                yield Job(position, key, generation, request)
+                yield KeyedInstance(position, key, generation, request)
 
-    def _batches(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
-        """Jobs of equal settings together, long prompts first: what does not fit into memory fails at once."""
+    def _batches(self, instances: Iterable[KeyedInstance]) -> Iterator[list[KeyedInstance]]:
+        """Those of equal settings together, long prompts first: what does not fit into memory fails at once."""
         groups = defaultdict(list)
-        for job in jobs:
-            groups[job.generation].append(job)
+        for instance in instances:
+            groups[instance.generation].append(instance)
         for group in groups.values():
-            group.sort(key=lambda job: -len(job.request.args[0]))
+            group.sort(key=lambda instance: -len(instance.request.args[0]))
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _inputs(self, bad: dict[tuple, str], job: Job) -> dict[str, torch.Tensor] | None:
-        """What the processor returns for the job; None if its media are bad, and `bad` says why."""
-        task, split, doc_id = job.document
+    def _requests(self, bad: dict[tuple, str], batch: list[KeyedInstance]) -> list[Request]:
+        """Requests of those whose media are good; `bad` says why others have none. Engines call it in threads."""
+        shown = []
+        for instance in batch:
+            with named(instance.name):
+                inputs = self._inputs(bad, instance)
+            if inputs is not None:
+                shown.append((instance, inputs))
+        seed = int(key_of([instance.key for instance, _ in shown])[:15], 16)
+        return [Request(instance, inputs, instance.decoding, seed, instance.name) for instance, inputs in shown]
+
+    def _inputs(self, bad: dict[tuple, str], instance: KeyedInstance) -> dict[str, torch.Tensor] | None:
+        """What the processor returns; None if its media are bad, and `bad` says why."""
+        task, split, doc_id = instance.document
         try:
-            return self._build(job.request.args[1](self.task_dict[task][split][doc_id]))
+            return self._build(instance.request.args[1](self.task_dict[task][split][doc_id]))
         except DataError as error:
-            bad[job.document] = str(error)
+            bad[instance.document] = str(error)
             return None
 
-    def _decoding(self, jobs: list[Job]) -> dict[str, Any]:
+    def _latents_from(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Where the latents of these rows come from, as arguments of `generate`. Engine hf only."""
         return {"policy": self.policy}
 
-    def _kept(self, output: LatentOutput, i: int) -> dict[str, Any]:
-        """More fields, as JSON, of the row in the response log that row i of `output` becomes. Engine hf only."""
+    def _kept(self, answer: Answer) -> dict[str, Any]:
+        """More fields, as JSON, of the row in the response log. Engine hf only."""
         return {}
 
     def _report(self, rows: list[dict[str, Any] | None], bad: dict[tuple, str]) -> None:
@@ -299,43 +310,3 @@ class FutureL1(lmms):
         raise NotImplementedError(
             "future_l1 generates: tasks of output_type multiple_choice or loglikelihood cannot be run with it"
         )
-
-
-def _row(job: Job, answer: Answer) -> dict[str, Any]:
-    """A row of the response log."""
-    task, split, doc_id = job.document
-    return {
-        "key": job.key,
-        "task": task,
-        "split": split,
-        "doc_id": doc_id,
-        "text": job.generation.cut(answer.text),
-        "input_tokens": answer.input_tokens,
-        "output_tokens": answer.output_tokens,
-        "latent_tokens": answer.latent_tokens,
-        "seconds": round(answer.seconds, 6),
-        **answer.kept,
-    }
-
-
-@dataclass
-class _Counts(TokenCounts):
-    """lmms-eval's counts and the seconds that the sample took, for the logged samples."""
-
-    seconds: float | None = field(default=None, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | ({} if self.seconds is None else {"seconds": self.seconds})
-
-
-def _result(row: dict[str, Any]) -> GenerationResult:
-    """A row of the response log as lmms-eval takes it. `seconds`: the sample's share of its batch's time in `generate`
-    (the prompt's pass and decoding, not the reading of videos), or see `VllmAnswers`; logs of earlier versions have
-    none."""
-    counts = _Counts(
-        input_tokens=row["input_tokens"],
-        output_tokens=row["output_tokens"],
-        reasoning_tokens=row["latent_tokens"],
-        seconds=row.get("seconds"),
-    )
-    return GenerationResult(text=row["text"], token_counts=counts)

@@ -36,7 +36,8 @@ from future_l1_plugin.integrations.lmms_eval.adapter import FutureL1
 from future_l1_plugin.integrations.lmms_eval.settings import Generation
 from future_l1_plugin.journal import key_of
 from future_l1_plugin.latent import SpanBudget
-from future_l1_plugin.model import LatentConfig, LatentOutput
+from future_l1_plugin.model import LatentConfig
+from future_l1_plugin.model.engine import Answer, Request, TransformersEngine
 from future_l1_plugin.paths import lmms_tasks_dir
 
 
@@ -70,12 +71,12 @@ class ProbedModel(FutureL1):
             self._span_budget = SpanBudget(int(condition.removeprefix("budget ")), exact)
         self._identity["condition"] = identity  # part of each response's key
 
-    def loaded(self) -> tuple[Any, Any]:
-        """(model, processor)"""
-        return self._engine.model, self._build.processor
+    def plain(self) -> TransformersEngine:
+        """An engine with the same weights that leaves latents alone, whatever the condition."""
+        return TransformersEngine(lambda: (self._engine.model, self._build.processor))
 
     def _latent_config(self) -> LatentConfig:
-        return LatentConfig.from_hf(self.loaded()[0].config)
+        return LatentConfig.from_hf(self._engine.model.config)
 
     def _respond(self, requests: list[Instance]) -> list[dict[str, Any] | None]:
         self.generation = Generation.from_task(requests[0].args[2])
@@ -88,17 +89,17 @@ class ProbedModel(FutureL1):
             self._recording = key_of([[row["doc_id"], row["latents"]] for row in self.rows])
         return rows
 
-    def _decoding(self, jobs: Sequence[Any]) -> dict[str, Any]:
+    def _latents_from(self, requests: Sequence[Request]) -> dict[str, Any]:
         if self._span_budget is not None:
             return {"policy": self.policy, "budget": self._span_budget}
         if not self._replace:
             return {"policy": self.policy}
-        rows = [self._replace.get(job.document[2]) for job in jobs]
+        rows = [self._replace.get(request.key.document[2]) for request in requests]
         policy = Intervention(self._latent_config().tokens, rows)
         return {"policy": policy, "on_token": policy.see}
 
-    def _kept(self, output: LatentOutput, i: int) -> dict[str, Any]:
-        return {"latents": packed(output.latents[i])} if self._identity["condition"] is None else {}
+    def _kept(self, answer: Answer) -> dict[str, Any]:
+        return {"latents": packed(answer.latents)} if self._identity["condition"] is None else {}
 
     @property
     def touched(self) -> int | None:
@@ -154,7 +155,7 @@ def probe(
         records = list(show.records)
         records = random.Random(seed).sample(records, min(len(records), limit or RECORDS, RECORDS))
         settings = {"max_new_tokens": model.generation.max_new_tokens, "batch_size": batch_size, "seed": seed}
-        found = retrieval(*model.loaded(), records, show.pool, question_media=show.question_media, **settings)
+        found = retrieval(model.plain(), records, show.pool, question_media=show.question_media, **settings)
     return ProbeResult(outcomes, latents, found, model.describe())
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint, latent or not, that answers many prompts in vLLM: for evaluation and for curation.
+"""A checkpoint, latent or not, that answers many prompts in vLLM: the `model.engine.Engine` of evaluation and curation.
 
     engine = VllmEngine("outputs/latent-8b", {"tensor_parallel_size": 2})
-    for answers in engine.answers(Ask(key, prompt_ids, inputs, seed, {"max_tokens": 512}) for ..):
+    for answers in engine.answers(prompts, requests): ..        # requests: makes Requests of a prompt
 
 Prompts are what the processor made of them, as for `model.generate`, so pixels, timestamps and ids are the same. They
 are read and encoded in threads, a few ahead of vLLM, and answers come as they are finished: nothing waits for a batch
@@ -9,19 +9,17 @@ to begin or to end, and the memory that pixels take does not grow with the numbe
 """
 
 import difflib
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
-from itertools import count, groupby
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from functools import cached_property, partial
+from itertools import count
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from future_l1_plugin.compat import require
-from future_l1_plugin.data.prompt import encode_prompt
-from future_l1_plugin.data.rollouts import Job, Sampling, Store, fingerprint, seed_of
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.vllm import overrides, read_config, with_own
 from future_l1_plugin.integrations.vllm.ahead import Ahead
@@ -29,6 +27,7 @@ from future_l1_plugin.integrations.vllm.allocator import SLEEPS, check_allocator
 from future_l1_plugin.integrations.vllm.media import MEDIA, media_hashes
 from future_l1_plugin.model.checkpoint import load_processor
 from future_l1_plugin.model.config import LatentConfig
+from future_l1_plugin.model.engine import Answer, Batch, Request
 
 #: Prompts that are read or being read ahead of vLLM, and requests that it has and has not begun to answer. Each of them
 #: holds its pixels, 40 to 140 MB at 32 frames, and none of them has an answer in the log yet.
@@ -75,54 +74,20 @@ def answer_args(args: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sorted(args.items()) if name not in CAPACITY}
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One answer that is wanted.
-
-    key: handed back with the answer.
-    prompt_ids, inputs: what the processor returned for this prompt alone, see `EncodedPrompt`.
-    seed: of its tokens and latents, below 2**63.
-    sampling: further arguments of `SamplingParams`: max_tokens, and what differs from greedy decoding.
-    name: of the prompt, for messages.
-    """
-
-    key: Any
-    prompt_ids: list[int]
-    inputs: Mapping[str, Tensor]
-    seed: int
-    sampling: Mapping[str, Any]
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """ids: the response, its end-of-sequence token included. text: without that; a latent checkpoint's with its other
-    special tokens, as in `LatentOutput`. latents: how many."""
-
-    ids: list[int]
-    text: str
-    latents: int
-
-
 class _Wanted(NamedTuple):
-    """What is kept of an Ask while vLLM answers it: no pixels."""
+    """What is kept of a Request while vLLM answers it: no pixels."""
 
     key: Any
     name: str
-
-
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """What is raised inside says which prompt it was about; in our own errors the message says so already."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while the prompt {name} was encoded")
-        raise
+    prompt_tokens: int
 
 
 class VllmEngine:
-    """Starts vLLM.
+    """vLLM, on this machine, see `model.engine.Engine`. It starts at the first answer.
+
+    vLLM makes batches as it likes: of a batch of prompts only the encoding is common, each request has its own seed and
+    settings. `Answer.seconds` is a share of the time since the last answers, reading of videos included: it goes on
+    beside decoding. Latents are not brought back.
 
     Args:
         path: checkpoint folder or hub id.
@@ -131,42 +96,70 @@ class VllmEngine:
         latent: keys of `params` for every request of a latent checkpoint.
 
     Raises:
-        ConfigError, EnvironmentMismatch: see `check_args`. CheckpointError: no checkpoint there.
+        At the first answer: ConfigError, EnvironmentMismatch: see `check_args`. CheckpointError: no checkpoint there.
     """
 
     def __init__(
         self, path: str, args: Mapping[str, Any], dtype: str = "auto", latent: Mapping[str, Any] | None = None
     ) -> None:
-        check_args(args)
-        from vllm import LLM
-
-        config = read_config(path)
-        self._latent_id = getattr(config, "latent_id", None)
-        self._extra_args = None if self._latent_id is None else {"latent_return": "none", **(latent or {})}
-        stored = getattr(config, "dtype", None)  # left to itself, vLLM halves float32
-        dtype = str(stored).removeprefix("torch.") if dtype == "auto" and stored is not None else dtype
-        args = {"mm_processor_cache_gb": 0, **args, "dtype": dtype}  # inputs come processed
-        if self._latent_id is not None:
-            check_allocator(any(args.get(name) for name in SLEEPS))
-            args = {**with_own(args), "hf_overrides": overrides(config)}
-        self._llm = LLM(model=path, **args)
-        self._config, self._tokenizer = config, self._llm.get_tokenizer()
+        self._path, self._args, self._dtype, self._latent = path, args, dtype, latent or {}
         self._numbers = count()
 
+    @cached_property
+    def _config(self) -> Any:
+        return read_config(self._path)
+
+    @cached_property
+    def _latent_id(self) -> int | None:
+        return getattr(self._config, "latent_id", None)
+
+    @cached_property
+    def processor(self) -> Any:
+        if self._latent_id is not None:
+            return load_processor(self._path, LatentConfig.from_hf(self._config))
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(self._path)
+
+    @cached_property
+    def _llm(self) -> Any:
+        check_args(self._args)
+        from vllm import LLM
+
+        stored, dtype = getattr(self._config, "dtype", None), self._dtype  # left to itself, vLLM halves float32
+        dtype = str(stored).removeprefix("torch.") if dtype == "auto" and stored is not None else dtype
+        args = {"mm_processor_cache_gb": 0, **self._args, "dtype": dtype}  # inputs come processed
+        if self._latent_id is not None:
+            check_allocator(any(args.get(name) for name in SLEEPS))
+            args = {**with_own(args), "hf_overrides": overrides(self._config)}
+        return LLM(model=self._path, **args)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "vllm", "args": answer_args(self._args)}
+
+    def close(self) -> None:
+        self.__dict__.pop("_tokenizer", None)
+        if llm := self.__dict__.pop("_llm", None):
+            llm.llm_engine.engine_core.shutdown()
+
     def answers(
-        self, items: Iterable[Any], encode: Callable[[Any], Iterable[Ask]] = lambda ask: (ask,)
+        self, batches: Iterable[Batch], requests: Callable[[Batch], Iterable[Request]]
     ) -> Iterator[list[tuple[Any, Answer]]]:
         """(key, answer) of all that is asked, in the order in which they are finished.
 
         Seeds are the request's own, but who shares a step with it has a say in the last digits.
 
         Args:
-            items: Asks, or what `encode` makes Asks of.
-            encode: item -> any number of Asks. Called in threads, a few items ahead of vLLM; requests are made in the
-                order of the items. Asks of one item that share their `inputs` are hashed once.
+            batches: what `requests` makes Requests of.
+            requests: batch -> any number of Requests. Called in threads, a few batches ahead of vLLM, which gets them
+                in the order of the batches. Requests of a batch that share their `inputs` are hashed once.
 
         Raises:
-            ConfigError: a prompt and its answer may not fit vLLM's `max_model_len`. Such an error, or what `encode`
+            ConfigError: a prompt and its answer may not fit vLLM's `max_model_len`. Such an error, or what `requests`
                 raises, comes after the answers that were under way.
         """
         engine = self._llm.llm_engine
@@ -176,7 +169,8 @@ class VllmEngine:
         waiting: set[str] = set()  # requests without a token yet
         todo: deque[tuple[_Wanted, tuple[Any, Any]]] = deque()
         failure: Exception | None = None
-        with Ahead(items, partial(self._requests, encode), READ_AHEAD) as encoded:
+        began = time.perf_counter()
+        with Ahead(batches, partial(self._encoded, requests), READ_AHEAD) as encoded:
             try:
                 while True:
                     waiting = {request for request in waiting if request in states and states[request].is_prefilling}
@@ -198,20 +192,26 @@ class VllmEngine:
                     if not under_way:
                         break
                     if done := [output for output in engine.step() if output.finished]:
-                        yield [self._answer(under_way.pop(output.request_id), output) for output in done]
+                        seconds, began = (time.perf_counter() - began) / len(done), time.perf_counter()
+                        yield [self._answer(under_way.pop(output.request_id), output, seconds) for output in done]
             finally:  # whoever asked may have broken off
                 engine.abort_request(list(under_way))
         if failure is not None:
             raise failure
 
-    def _requests(self, encode: Callable[[Any], Iterable[Ask]], item: Any) -> list[tuple["_Wanted", tuple[Any, Any]]]:
-        """What vLLM is asked about an item. In a thread."""
-        asked = list(encode(item))
-        inputs = {id(ask.inputs): self._in_dtype(ask.inputs) for ask in asked}
+    def _encoded(
+        self, requests: Callable[[Batch], Iterable[Request]], batch: Batch
+    ) -> list[tuple[_Wanted, tuple[Any, Any]]]:
+        """What vLLM is asked about a batch. In a thread."""
+        asked = list(requests(batch))
+        inputs = {id(request.inputs): self._in_dtype(request.inputs) for request in asked}
         hashes = {which: media_hashes(found) for which, found in inputs.items()}
         return [
-            (_Wanted(ask.key, ask.name), self._request(ask, inputs[id(ask.inputs)], hashes[id(ask.inputs)]))
-            for ask in asked
+            (
+                _Wanted(request.key, request.name, request.inputs["input_ids"].shape[1]),
+                self._request(request, inputs[id(request.inputs)], hashes[id(request.inputs)]),
+            )
+            for request in asked
         ]
 
     def _in_dtype(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,81 +219,46 @@ class VllmEngine:
         pixels, dtype = [name for _, name, _ in MEDIA], self._llm.model_config.dtype
         return {name: value.to(dtype) if name in pixels else value for name, value in inputs.items()}
 
-    def _request(self, ask: Ask, inputs: Mapping[str, Tensor], hashes: Mapping[str, list[str]]) -> tuple[Any, Any]:
-        limit, longest = self._llm.model_config.max_model_len, len(ask.prompt_ids) + ask.sampling["max_tokens"]
+    def _request(
+        self, request: Request, inputs: Mapping[str, Tensor], hashes: Mapping[str, list[str]]
+    ) -> tuple[Any, Any]:
+        """(prompt, SamplingParams). inputs, hashes: in the model's dtype, and of these."""
+        ids, decoding = request.prompt_ids, request.decoding
+        limit, longest = self._llm.model_config.max_model_len, len(ids) + decoding.max_new_tokens
         if longest > limit:
             raise ConfigError(
-                f"{ask.name}: a prompt of {len(ask.prompt_ids)} tokens and an answer of up to "
-                f"{ask.sampling['max_tokens']} do not fit vLLM's max_model_len of {limit}. Set it to at least "
-                f"{longest}, or ask for shorter answers"
+                f"{request.name}: a prompt of {len(ids)} tokens and an answer of up to {decoding.max_new_tokens} do "
+                f"not fit vLLM's max_model_len of {limit}. Set it to at least {longest}, or ask for shorter answers"
             )
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         from future_l1_plugin.integrations.vllm.inputs import engine_input
 
-        latent = self._extra_args and {"latent_seed": ask.seed, **self._extra_args}
-        sampling = {"temperature": 0.0, **ask.sampling, "seed": ask.seed, "extra_args": latent}
-        params = SamplingParams(**sampling, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        return engine_input(ask.prompt_ids, inputs, self._config, hashes), params
+        latent = None
+        if self._latent_id is not None:
+            latent = {"latent_seed": request.seed, "latent_return": "none", **self._latent}
+        params = SamplingParams(
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            max_tokens=decoding.max_new_tokens,
+            seed=request.seed,
+            extra_args=latent,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return engine_input(ids, inputs, self._config, hashes), params
 
-    def _answer(self, wanted: "_Wanted", output: Any) -> tuple[Any, Answer]:
+    def _answer(self, wanted: _Wanted, output: Any, seconds: float) -> tuple[Any, Answer]:
         (completion,) = output.outputs
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"{wanted.name}: vLLM broke off the request: {completion.finish_reason}")
         ids = list(completion.token_ids)
         if self._latent_id is None:
-            return wanted.key, Answer(ids, self._tokenizer.decode(ids, skip_special_tokens=True), 0)
-        ends = (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
-        text = self._tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=False)
-        return wanted.key, Answer(ids, text, ids.count(self._latent_id))
-
-    def close(self) -> None:
-        """Give back memory and processes."""
-        self._llm.llm_engine.engine_core.shutdown()
-
-
-class VllmRollouts:
-    """Curation's engine `vllm`, see `data.rollouts.Engine`. vLLM starts at the first answer that is missing.
-
-    Raises:
-        At the first answer: see `VllmEngine`, `encode_prompt`.
-    """
-
-    def __init__(self, model: str, sampling: Sampling, args: Mapping[str, Any], dtype: str = "auto") -> None:
-        self._path, self._sampling, self._args, self._dtype = model, sampling, args, dtype
-
-    def identity(self) -> list[Any]:
-        return ["vllm", *fingerprint(self._path), self._dtype, answer_args(self._args)]
-
-    def run(self, jobs: Sequence[Job], done: Callable[[Job], bool], store: Store) -> list[str]:
-        jobs = [job for job in jobs if not done(job)]
-        if jobs:
-            engine = VllmEngine(self._path, self._args, self._dtype)
-            try:
-                prompts = (list(group) for _, group in groupby(jobs, key=lambda job: job.prompt))
-                for answers in engine.answers(prompts, partial(self._asks, self._processor())):
-                    store([(job, answer.text) for job, answer in answers])
-            finally:
-                engine.close()
-        return []
-
-    def _processor(self) -> Any:
-        from transformers import AutoProcessor
-
-        config = read_config(self._path)
-        if getattr(config, "latent_id", None) is None:
-            return AutoProcessor.from_pretrained(self._path)
-        return load_processor(self._path, LatentConfig.from_hf(config))
-
-    def _asks(self, processor: Any, jobs: list[Job]) -> list[Ask]:
-        """Of jobs that share their prompt: answers to one stand side by side."""
-        prompt = jobs[0].prompt
-        name = f"{prompt.id} {prompt.pool or ''}".strip()
-        with named(name):
-            encoded = encode_prompt(prompt, processor)
-        sampling = {"max_tokens": self._sampling.max_new_tokens, "temperature": self._sampling.temperature}
-        return [
-            Ask(job, encoded.prompt_ids, encoded.media, seed_of(self._sampling.seed, job.key), sampling, name)
-            for job in jobs
-        ]
+            text, latents = self._tokenizer.decode(ids, skip_special_tokens=True), 0
+        else:
+            ends = (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
+            text = self._tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=False)
+            latents = ids.count(self._latent_id)
+        return wanted.key, Answer(text, ids, wanted.prompt_tokens, latents, seconds)
