@@ -9,6 +9,7 @@ import pytest
 
 from future_l1_plugin.data.records import (
     CONTROL_TOKENS,
+    MEDIA_TOKENS,
     BadRecord,
     BadRecordError,
     Frame,
@@ -245,6 +246,12 @@ def test_the_latent_tokens_are_control_tokens():
     from future_l1_plugin.latent.tokens import TOKENS
 
     assert [token for token in CONTROL_TOKENS if "latent" in token] == list(TOKENS)
+
+
+def test_the_media_tokens_are_those_of_the_families():
+    from future_l1_plugin.model.backbone import BACKBONES
+
+    assert set(MEDIA_TOKENS) == {token for family in BACKBONES.values() for token in family.media_tokens}
 
 
 @pytest.mark.parametrize(
