@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.video_utils import VideoMetadata
 
 import future_l1_plugin
+from future_l1_plugin.data.showing import encode, processor_media
 from future_l1_plugin.errors import CheckpointError
 from future_l1_plugin.model import backbone, load
 from future_l1_plugin.model.backbone import (
@@ -94,13 +96,15 @@ def test_a_model_and_a_processor_are_found_in_it(tiny):
 def test_the_processor_s_output_has_the_keys_of_the_table(tiny):
     model, processor = tiny
     content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "Where?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    messages, frames = [{"role": "user", "content": content}], np.zeros((4, 64, 64, 3), np.uint8)
+    text = processor.apply_chat_template(messages, tokenize=False)
     assert text.count(QWEN3_VL.image_text) == text.count(QWEN3_VL.video_text) == 1
-    clip = np.zeros((4, 64, 64, 3), np.uint8)
-    found = processor(
-        text=[text], images=[clip[0]], videos=[clip], do_sample_frames=False, return_tensors="pt", return_metadata=False
-    )
+    metadata = VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])
+    found = encode(processor, messages, processor_media([frames[0]], [(frames, metadata)]))
     assert set(found) == {*TOKEN_KEYS, *MEDIA_KEYS}
+    decoded = processor.tokenizer.decode(found["input_ids"][0])
+    short = re.sub(rf"({re.escape(QWEN3_VL.video_token)})+", QWEN3_VL.video_token, decoded)
+    assert QWEN3_VL.spelled_video(QWEN3_VL.video_times(processor, range(4), 2.0)) in short
     ids, merge = found["input_ids"], model.config.vision_config.spatial_merge_size
     assert torch.equal(token_types(ids, model.config), found["mm_token_type_ids"])
     for media, token in zip(MEDIA, placeholder_ids(model.config), strict=True):
