@@ -20,6 +20,7 @@ from future_l1_plugin.data.prompt import RlPrompt, chat_messages
 from future_l1_plugin.data.record_files import BadRecord
 from future_l1_plugin.data.rl import Prompts, bad_prompts_error
 from future_l1_plugin.errors import DataError
+from future_l1_plugin.model.backbone import by_processor
 
 _THREADS = 8
 _SHOW_PROGRESS_FROM = 2000
@@ -82,9 +83,8 @@ def _length(prompt: RlPrompt, processor: Any) -> int:
     more = sum(tokens - 1 for tokens in pictures)  # the template has one placeholder for a picture
     if clip is not None:
         times, tokens = clip
-        mark = f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
-        shown = "".join(f"<{time:.1f} seconds>{mark}" for time in times)
-        text = text.replace(processor.video_token, shown, 1)
+        family = by_processor(processor)
+        text = text.replace(family.video_token, family.spelled_video(times), 1)
         more += (tokens - 1) * len(times)
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + more
 
@@ -145,8 +145,9 @@ def _shown(prompt: RlPrompt, processor: Any) -> tuple[list[int], tuple[list[floa
     else:  # as `question_video` shows them
         pool = pool_indices(header.total)
         indices, fps = list(range(len(prompt.pool) * hold)), header.fps * hold / max(1, pool[1] - pool[0])
-    tokens = video_tokens(processor, len(indices), header.height, header.width)
-    return [], (processor._calculate_timestamps(list(indices), fps, hold), tokens)
+    family = by_processor(processor)
+    tokens = family.video_tokens(processor, len(indices), header.height, header.width)
+    return [], (family.video_times(processor, indices, fps), tokens)
 
 
 def _picture_size(path: str) -> tuple[int, int]:
@@ -165,21 +166,3 @@ def picture_tokens(processor: Any, height: int, width: int, size: dict[str, int]
     bounds = {} if size is None else {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     patches = processor.image_processor.get_number_of_image_patches(height, width, bounds)
     return patches // processor.image_processor.merge_size**2
-
-
-def video_tokens(processor: Any, frames: int, height: int, width: int) -> int:
-    """Tokens of one temporal patch of a video. Raises ValueError for what the processor refuses."""
-    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
-
-    video = processor.video_processor
-    factor = video.patch_size * video.merge_size
-    height, width = smart_resize(
-        frames,
-        height,
-        width,
-        temporal_factor=video.temporal_patch_size,
-        factor=factor,
-        min_pixels=video.size["shortest_edge"],
-        max_pixels=video.size["longest_edge"],
-    )
-    return (height // factor) * (width // factor)

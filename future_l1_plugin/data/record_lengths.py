@@ -12,12 +12,13 @@ from unicodedata import normalize
 from tqdm import tqdm
 
 from future_l1_plugin.data.frame_choice import pool_indices
-from future_l1_plugin.data.lengths import ClipHeader, clip_header, picture_tokens, video_tokens
+from future_l1_plugin.data.lengths import ClipHeader, clip_header, picture_tokens
 from future_l1_plugin.data.record_files import BadRecord, Records
 from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.data.sft import SftSample, assistant_content, conversation, without_bad
 from future_l1_plugin.data.showing import question_text
 from future_l1_plugin.errors import DataError
+from future_l1_plugin.model.backbone import by_processor
 from future_l1_plugin.model.config import LatentConfig
 
 _THREADS = 8
@@ -49,13 +50,11 @@ class RecordLengths:
         text = "".join(conversation(self.processor, record, self.question_media, self.spans, repeat(0)))
         shown = self._shown(record, clip)
         if self.question_media == "video":
-            hold = self.processor.video_processor.temporal_patch_size
+            hold, family = self.processor.video_processor.temporal_patch_size, by_processor(self.processor)
             pool = pool_indices(clip.total)  # as `question_video` shows them
             fps = clip.fps * hold / max(1, pool[1] - pool[0])
-            times = self.processor._calculate_timestamps(list(range(len(shown) * hold)), fps, hold)
-            mark = f"{self.processor.vision_start_token}{self.processor.video_token}{self.processor.vision_end_token}"
-            frames = "".join(f"<{time:.1f} seconds>{mark}" for time in times)
-            text = text.replace(self.processor.video_token, frames, 1)
+            times = family.video_times(self.processor, range(len(shown) * hold), fps)
+            text = text.replace(family.video_token, family.spelled_video(times), 1)
         words = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         return words + sum(shown) - len(shown) + self._latents(record, clip)  # a frame has one token in the text
 
@@ -92,7 +91,7 @@ class RecordLengths:
             one = picture_tokens(self.processor, clip.height, clip.width)
         else:
             frames = len(record.image) * self.processor.video_processor.temporal_patch_size
-            one = video_tokens(self.processor, frames, clip.height, clip.width)
+            one = by_processor(self.processor).video_tokens(self.processor, frames, clip.height, clip.width)
         return [one] * len(record.image)
 
     def _latents(self, record: TwiffRecord, clip: ClipHeader) -> int:

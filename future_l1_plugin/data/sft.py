@@ -30,8 +30,9 @@ from future_l1_plugin.data.showing import processor_media, question_text, questi
 from future_l1_plugin.data.sources import listed
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.latent.tokens import END, LATENT, START
+from future_l1_plugin.model.backbone import PICTURES, PIXEL_KEYS, by_processor
 from future_l1_plugin.model.config import LatentConfig
-from future_l1_plugin.model.template import ASSISTANT_HEADER, IMAGE
+from future_l1_plugin.model.template import ASSISTANT_HEADER
 
 IGNORED = -100  # label of positions without cross-entropy
 _TURN = "<|im_start|>"
@@ -215,7 +216,7 @@ class SftCollator:
     def __call__(self, samples: list[SftSample]) -> dict[str, Tensor]:
         frames = [frame for s in samples if s.future is not None for frame in s.future.frames]
         latents = self._latent_images(frames or [self._blank]) if self.spans else None
-        lengths = iter(self._span_lengths(latents["image_grid_thw"]) if frames else ())
+        lengths = iter(self._span_lengths(latents[PICTURES.grid]) if frames else ())
         texts, turns = zip(*(self._text(sample, lengths) for sample in samples), strict=True)
         media = self._media(samples)
         batch = self.processor(text=list(texts), padding=True, padding_side="right", return_tensors="pt", **media)
@@ -231,12 +232,12 @@ class SftCollator:
         batch["labels"] = self._labels(ids, batch["attention_mask"], batch["response_start"])
         batch["latent_frames"] = torch.tensor([0 if s.future is None else len(s.future.frames) for s in samples])
         shown = {"latent": latents}
-        if "pixel_values" not in batch and "pixel_values_videos" not in batch:
+        if not any(key in batch for key in PIXEL_KEYS):
             shown["blank"] = self._latent_images([self._blank])
         for name, pictures in shown.items():
             if pictures:
-                batch[f"{name}_pixel_values"] = pictures["pixel_values"]
-                batch[f"{name}_grid_thw"] = pictures["image_grid_thw"]
+                batch[f"{name}_pixel_values"] = pictures[PICTURES.pixels]
+                batch[f"{name}_grid_thw"] = pictures[PICTURES.grid]
         batch["record_ids"] = [s.record.id for s in samples]
         if failed := [(bad.id, bad.reason) for s in samples for bad in s.failed]:
             batch["failed"] = failed
@@ -293,8 +294,9 @@ def conversation(
     assistant = {"role": "assistant", "content": assistant_content(record, spans)}
     prompt = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     response = processor.apply_chat_template([user, assistant], tokenize=False).removeprefix(prompt)
-    while IMAGE in response:
-        response = response.replace(IMAGE, f"{START}{LATENT * next(lengths)}{END}", 1)
+    picture = by_processor(processor).image_text
+    while picture in response:
+        response = response.replace(picture, f"{START}{LATENT * next(lengths)}{END}", 1)
     return prompt, response
 
 

@@ -24,6 +24,7 @@ from future_l1_plugin.evaluation.statistics import Metric, clustered_stderr
 from future_l1_plugin.journal import key_of
 from future_l1_plugin.latent.tokens import END, START
 from future_l1_plugin.model import LatentConfig
+from future_l1_plugin.model.backbone import PICTURES, TOKEN_KEYS
 from future_l1_plugin.model.engine import Decoding, Request, TransformersEngine
 from future_l1_plugin.model.objective import OURS, latent_targets
 from future_l1_plugin.rewards.diversity import mean_adjacent_cosine
@@ -182,8 +183,8 @@ def frame_features(model: Any, processor: Any, config: LatentConfig, pictures: S
     encoded = image(images=list(pictures), size=size, return_tensors="pt").to(model.device)
     batch = {
         "latent_frames": torch.ones(len(pictures), dtype=torch.long),  # a row each
-        "latent_pixel_values": encoded["pixel_values"],
-        "latent_grid_thw": encoded["image_grid_thw"],
+        "latent_pixel_values": encoded[PICTURES.pixels],
+        "latent_grid_thw": encoded[PICTURES.grid],
     }
     return [target.float().mean(0).cpu() for target in latent_targets(model, config, batch)]
 
@@ -192,7 +193,7 @@ def prompt_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A collated record, (1, T), up to its response: what the processor returns for the prompt."""
     end = int(batch["response_start"][0])
     return {
-        name: value[:, :end] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else value
+        name: value[:, :end] if name in TOKEN_KEYS else value
         for name, value in batch.items()
         if name not in ("labels", *OURS)
     }

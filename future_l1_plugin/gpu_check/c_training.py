@@ -35,6 +35,7 @@ from future_l1_plugin.la_dapo import (
     policy_loss,
 )
 from future_l1_plugin.latent import LatentChannel, build_policy
+from future_l1_plugin.model.backbone import core_of
 from future_l1_plugin.model.config import LatentConfig
 
 SCORING = LatentScoring.build({"name": "vmf", "mean_cosine": 0.9}, "sqrt_dim")  # the recipe's
@@ -75,12 +76,13 @@ def gradients(results: Recorder, setting) -> None:
     rollouts, _ = decode(model, POLICY, *((8, 24, 40) if setting.small else (32, 64, 80)))
     batch = as_batch(model, rollouts)
     found = {}
+    tower = core_of(model).family.vision
     for name, autocast in (("float32", False), ("bf16 autocast", True)):
         model.zero_grad()
         with torch.autocast(setting.device.type, torch.bfloat16, enabled=autocast):
             loss = step(model, batch)
         loss.backward()
-        wanted = [(n, p) for n, p in model.named_parameters() if "visual" not in n]  # no picture in these prompts
+        wanted = [(n, p) for n, p in model.named_parameters() if tower not in n]  # no picture in these prompts
         bad = [n for n, p in wanted if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
         results.check(f"{name}: every gradient is there and finite", not bad, f"{len(bad)}, such as {bad[:1]}")
         found[name] = float(loss.detach()), [p.grad.clone() for _, p in wanted]

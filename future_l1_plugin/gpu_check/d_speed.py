@@ -23,6 +23,7 @@ from transformers import LogitsProcessorList
 from future_l1_plugin.gpu_check.models import FULL, TINY, OpenSpans, build, prompts, ready, text_ids
 from future_l1_plugin.gpu_check.results import Recorder
 from future_l1_plugin.latent import SpanBudget
+from future_l1_plugin.model.backbone import QWEN3_VL
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.decode import generate
 from future_l1_plugin.model.objective import sft_losses
@@ -47,9 +48,7 @@ def run(results: Recorder, setting) -> None:
 
 def micro_base(device: torch.device) -> nn.Module:
     """The shipped base without its processor, so that neither torchvision nor a video reader is needed."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    return ready(Qwen3VLForConditionalGeneration.from_pretrained(MICRO_BASE, dtype="auto").to(device))
+    return ready(QWEN3_VL.model.load().from_pretrained(MICRO_BASE, dtype="auto").to(device))
 
 
 def decoding(

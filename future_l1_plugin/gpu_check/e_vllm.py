@@ -35,6 +35,7 @@ from future_l1_plugin.gpu_check.models import FULL
 from future_l1_plugin.gpu_check.passes import Computed, Rollouts, padded
 from future_l1_plugin.gpu_check.results import Recorder, Skip
 from future_l1_plugin.la_dapo import angle_between
+from future_l1_plugin.model.backbone import QWEN3_VL
 
 STEPS, ROWS = 40, 16
 TEXT = "The ball moves to the left, then it falls behind the box. Where will it be {} steps later?"
@@ -216,8 +217,6 @@ def sleep(results: Recorder, llm: Any, path: Path) -> None:
 
 def wide(out: Path) -> Path:
     """As wide as 8B, 4 layers, vocabulary and all; tokenizer and ids of the micro base."""
-    from transformers import Qwen3VLForConditionalGeneration
-
     from future_l1_plugin.gpu_check.d_speed import MICRO_BASE
 
     config = _config(MICRO_BASE)
@@ -228,7 +227,7 @@ def wide(out: Path) -> Path:
     config.tie_word_embeddings = False
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = Qwen3VLForConditionalGeneration(config)
+        model = QWEN3_VL.model.load()(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(out)
     for file in MICRO_BASE.glob("*"):

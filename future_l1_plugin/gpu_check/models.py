@@ -5,15 +5,15 @@ one. It lacks the outlier channels of trained ones, so what it says about bf16 i
 """
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import GenerationConfig, LogitsProcessor
 
 from future_l1_plugin.model import tiny
+from future_l1_plugin.model.backbone import QWEN3_VL, placeholder_ids
 from future_l1_plugin.model.config import LatentConfig
 
 #: Standard deviation of the logits: token probabilities are then about as uneven as those of a trained model.
@@ -28,19 +28,11 @@ class Shape:
     vision: dict[str, Any]
     ids: int
 
-    def config(self, layers: int | None = None) -> Qwen3VLConfig:
+    def config(self, layers: int | None = None) -> Any:
         """With the latent keys. layers: of the text decoder, in place of the shape's own."""
         text = self.text if layers is None else self.text | {"num_hidden_layers": layers}
         start, end, image, video = range(self.ids + 3, self.ids + 7)
-        config = Qwen3VLConfig(
-            text_config=deepcopy(text),  # transformers writes into nested dicts
-            vision_config=deepcopy(self.vision),
-            image_token_id=image,
-            video_token_id=video,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-            tie_word_embeddings=False,
-        )
+        config = QWEN3_VL.new_config(text, self.vision, image=image, video=video, start=start, end=end, tied=False)
         # Two spans a response, of a fixed length: `OpenSpans` opens them.
         LatentConfig(self.ids, self.ids + 1, self.ids + 2).to_hf(config)
         return config
@@ -104,7 +96,7 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Qwen3VLForConditionalGeneration(shape.config(layers))
+            model = QWEN3_VL.model.load()(shape.config(layers))
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
@@ -142,7 +134,7 @@ def prompts(model: nn.Module, batch: int, shortest: int, longest: int, seed: int
 def text_ids(model: nn.Module) -> int:
     """Ids from 1 to below this are neither latent nor media ones."""
     config = model.config
-    return min(config.latent_id, config.image_token_id, config.video_token_id, config.vision_start_token_id)
+    return min(config.latent_id, *placeholder_ids(config), config.vision_start_token_id)
 
 
 class OpenSpans(LogitsProcessor):

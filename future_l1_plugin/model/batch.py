@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from future_l1_plugin.model.backbone import TOKEN_KEYS
+
 
 def left_padded(
     samples: list[dict[str, Tensor]], pad_token_id: int, device: torch.device | str = "cpu"
@@ -21,7 +23,7 @@ def left_padded(
     batch = {}
     for name in dict.fromkeys(name for sample in samples for name in sample):
         values = [sample[name] for sample in samples if name in sample]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in TOKEN_KEYS:
             fill = pad_token_id if name == "input_ids" else 0
             values = [pad(value, (longest - value.shape[1], 0), value=fill) for value in values]
         batch[name] = torch.cat(values).to(device)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from future_l1_plugin.model.backbone import Backbone, by_config
 from future_l1_plugin.model.config import LatentConfig
 
 NAME = "README.md"
@@ -32,7 +33,8 @@ def write_card(folder: str | Path, hf_config: Any) -> None:
     folder, is_latent = Path(folder), getattr(hf_config, "latent_id", None) is not None
     if not is_latent or (folder / "adapter_config.json").exists():
         return
-    (folder / NAME).write_text(card(LatentConfig.from_hf(hf_config), source_of(hf_config)), encoding="utf-8")
+    text = card(LatentConfig.from_hf(hf_config), by_config(hf_config, folder), source_of(hf_config))
+    (folder / NAME).write_text(text, encoding="utf-8")
     generation = folder / "generation_config.json"
     if generation.exists():
         values = json.loads(generation.read_text(encoding="utf-8")) | NOTE
@@ -50,7 +52,7 @@ def source_of(hf_config: Any) -> dict[str, str]:
     return found
 
 
-def card(latent: LatentConfig, source: dict[str, str] | None = None) -> str:
+def card(latent: LatentConfig, family: Backbone, source: dict[str, str] | None = None) -> str:
     """The text of the card.
 
     Args:
@@ -60,20 +62,21 @@ def card(latent: LatentConfig, source: dict[str, str] | None = None) -> str:
     most = f"exactly {budget.limit}" if budget.exact else f"at most {budget.limit}"
     head = f"a {latent.head} head on it" if latent.head != "none" else "nothing in between"
     front = ["library_name: transformers", "pipeline_tag: image-text-to-text", "tags: [future-l1, latent-reasoning]"]
-    return _TEXT.format(front="\n".join([*(source or {}).values(), *front]), most=most, head=head)
+    front = "\n".join([*(source or {}).values(), *front])
+    return _TEXT.format(front=front, name=family.name, model_type=family.model_type, most=most, head=head)
 
 
 _TEXT = """---
 {front}
 ---
 
-# A Qwen3-VL that reasons in latents
+# A {name} that reasons in latents
 
 Between `<|latent_start|>` and `<|latent_end|>` the next input of this model is no token: it is the model's own last
 hidden state ({head}), {most} in a span. The ids `<|latent|>` in its output only mark where.
 
 **Stock tools do not feed latents back.** transformers' `generate` and pipelines, vLLM and others load this folder as
-the ordinary `qwen3_vl` checkpoint that it is and decode without an error, but feed the embedding of `<|latent|>`
+the ordinary `{model_type}` checkpoint that it is and decode without an error, but feed the embedding of `<|latent|>`
 where the hidden state belongs. What they answer is not what this model answers.
 
 ## How to load it

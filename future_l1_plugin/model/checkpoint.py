@@ -20,53 +20,13 @@ from future_l1_plugin.journal import to_disk
 from future_l1_plugin.latent.channel import HEAD_NAME, latent_head
 from future_l1_plugin.latent.heads import build_head
 from future_l1_plugin.latent.tokens import TOKENS, LatentTokens
+from future_l1_plugin.model.backbone import NAMES, by_config, by_processor
 from future_l1_plugin.model.card import write_card
 from future_l1_plugin.model.config import LatentConfig, check_tokenizer
+from future_l1_plugin.model.folders import check_folder, check_new, is_absent, reading
 from future_l1_plugin.model.template import SYSTEM_PROMPT, chat_template
 from future_l1_plugin.model.token_rows import part_rows
 from future_l1_plugin.model.training import ADAPTER, merged, sources, stored_dtype
-
-ARCHITECTURE = "Qwen3VLForConditionalGeneration"
-
-
-def _check_folder(path: str | Path) -> None:
-    """A local path must be a Qwen3-VL checkpoint; anything else is taken for a hub id."""
-    folder = Path(path)
-    config = folder / "config.json"
-    if folder.exists() and not config.exists():
-        raise CheckpointError(f"{path}: expected a checkpoint folder, found no config.json in it")
-    with _reading(path):
-        found = json.loads(config.read_text()).get("model_type") if config.exists() else "qwen3_vl"
-    if found != "qwen3_vl":
-        raise CheckpointError(f"{config}: expected model_type 'qwen3_vl', found {found!r}. Only Qwen3-VL is supported.")
-
-
-def _is_absent(path: str | Path) -> bool:
-    """Whether `path` looks like a local path (not a hub id such as 'Qwen/Qwen3-VL-8B-Instruct') that is not there."""
-    text = str(path)
-    local = text.startswith((".", "/", "~")) or text.count("/") != 1
-    return local and not Path(path).exists()
-
-
-def check_new(out_path: str | Path) -> None:
-    """Raise CheckpointError if a checkpoint cannot be written there without touching what is there already."""
-    out = Path(out_path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: expected a new or empty folder, found files in it. Name another or delete it.")
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Turn what transformers raises for missing and broken files into an error that names checkpoint and fix."""
-    try:
-        yield
-    except (OSError, json.JSONDecodeError) as error:
-        said = str(error).splitlines()[0]
-        if Path(path).exists():
-            raise CheckpointError(f"{path}: the checkpoint is incomplete: {said} Copy or convert it again.") from error
-        raise CheckpointError(
-            f"{path}: no such folder here, and the hub did not give it: {said} Check path or name, and the connection."
-        ) from error
 
 
 def attach_head(model: nn.Module, config: LatentConfig) -> None:
@@ -148,12 +108,12 @@ def load_processor(path: str | Path, latent: LatentConfig) -> Any:
     """
     from transformers import AutoProcessor
 
-    with _reading(path):
+    with reading(path):
         processor = AutoProcessor.from_pretrained(path)
     processor.tokenizer.padding_side = "left"
     check_tokenizer(latent, processor.tokenizer, path)
     if "default_system" not in (processor.chat_template or ""):
-        processor.chat_template = chat_template()
+        processor.chat_template = chat_template(family=by_processor(processor))
     return processor
 
 
@@ -188,24 +148,25 @@ def load(
             that are missing or do not fit; parts that another tool must put together first (says the command).
         ConfigError: unknown dtype; under ZeRO-3 a device, or adapters.
     """
-    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig
 
     if device is not None and divided():
         raise ConfigError(
             f"load: device={str(device)!r} would move weights that DeepSpeed's ZeRO-3 has divided and placed. "
             "Pass device=None"
         )
-    if _is_absent(path):
-        raise CheckpointError(f"{path}: no such folder. Expected a latent Qwen3-VL checkpoint or a hub id.")
+    if is_absent(path):
+        raise CheckpointError(f"{path}: no such folder. Expected a latent {NAMES} checkpoint or a hub id.")
     parts = sources(path, base)
     if parts.adapter and divided():
         raise ConfigError(
             f"load: {path} holds adapters, which are not merged under ZeRO-3. Run: future-l1 export first"
         )
     for folder in (parts.config, parts.weights):
-        _check_folder(folder)
-    with _reading(parts.config):
+        check_folder(folder)
+    with reading(parts.config):
         hf_config = AutoConfig.from_pretrained(parts.config)
+    family = by_config(hf_config, parts.config)
     if parts.adapter and hasattr(hf_config, "quantization_config"):  # of the QLoRA run, not of the weights below
         del hf_config.quantization_config
     stored = stored_dtype(AutoConfig.from_pretrained(parts.weights) if parts.adapter else hf_config)
@@ -219,8 +180,8 @@ def load(
     dtype = "auto" if dtype == "auto" else _dtype(dtype)
     weights = parts.weights
     # The released architecture names have no class in transformers: the stock class is named here, not looked up.
-    with _reading(weights):
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
+    with reading(weights):
+        model = family.model.load().from_pretrained(
             weights,
             config=hf_config,
             dtype=torch.float32 if parts.adapter else dtype,
@@ -228,7 +189,7 @@ def load(
             quantization_config=quantization,
             device_map=None if quantization is None or torch.device(device).type == "cpu" else {"": device},
         )
-    model.config.architectures = [ARCHITECTURE]
+    model.config.architectures = [family.model.name]
     attach_head(model, latent)
     if latent.head != "none":
         if not Path(weights).exists():
@@ -275,23 +236,24 @@ def convert(
         CheckpointError: the base is no Qwen3-VL, or `out_path` is the base or holds files already.
         ConfigError: unknown dtype, or a latent key with a value that it cannot have.
     """
-    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoProcessor
 
     out, dtype = Path(out_path), _dtype(dtype) if dtype is not None else None
-    if _is_absent(base_path):
-        raise CheckpointError(f"{base_path}: no such folder. Expected a Qwen3-VL checkpoint or a hub id.")
-    _check_folder(base_path)
+    if is_absent(base_path):
+        raise CheckpointError(f"{base_path}: no such folder. Expected a {NAMES} checkpoint or a hub id.")
+    check_folder(base_path)
     if Path(base_path).exists() and Path(base_path).resolve() == out.resolve():
         raise CheckpointError(f"{out}: is the base itself, which is never changed. Name another output folder.")
     check_new(out)
-    with _reading(base_path):
+    with reading(base_path):
+        family = by_config(AutoConfig.from_pretrained(base_path), base_path)
         processor = AutoProcessor.from_pretrained(base_path)
     tokenizer = processor.tokenizer
     tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     tokens = LatentTokens.from_tokenizer(tokenizer)
-    processor.chat_template = tokenizer.chat_template = chat_template(system_prompt)
-    with _reading(base_path):
-        model = Qwen3VLForConditionalGeneration.from_pretrained(base_path, dtype="auto")
+    processor.chat_template = tokenizer.chat_template = chat_template(system_prompt, family)
+    with reading(base_path):
+        model = family.model.load().from_pretrained(base_path, dtype="auto")
     latent = LatentConfig(
         latent_id=tokens.latent,
         latent_start_id=tokens.start,

@@ -8,11 +8,10 @@ from typing import Any
 from future_l1_plugin.errors import CheckpointError, ConfigError
 from future_l1_plugin.latent.spans import SpanBudget
 from future_l1_plugin.latent.tokens import LatentTokens
+from future_l1_plugin.model.backbone import BACKBONES
 
 LOSSES = ("mse", "sum_mse", "cosine")
 HEADS = ("lvr", "swiglu")
-#: Architectures of released checkpoints; all are a Qwen3-VL with the keys below.
-RELEASED_ARCHITECTURES = ("SwimBird_Qwen3VL", "FutureL1_Qwen3VL", "RICE_Qwen3VL")
 
 
 @dataclass
@@ -55,7 +54,8 @@ class LatentConfig:
             for f in fields(cls)
             if f.name != "decoder_recon" and getattr(config, f.name, None) is not None
         }
-        if "RICE_Qwen3VL" in (getattr(config, "architectures", None) or ()):
+        opening = {name for family in BACKBONES.values() for name in family.opening}
+        if opening & set(getattr(config, "architectures", None) or ()):
             given["force_initial_latent_mode"] = True
         given["fixed_latent_budget"] = bool(given.get("fixed_latent_budget", False))
         if not given.get("train_fixed_latent_budget"):  # released checkpoints write False or 0 for "off"

@@ -18,6 +18,7 @@ from future_l1_plugin.latent.channel import latent_head, text_backbone
 from future_l1_plugin.latent.policy import build_policy
 from future_l1_plugin.latent.spans import SpanBudget, SpanMachine
 from future_l1_plugin.latent.tokens import LatentTokens
+from future_l1_plugin.model.backbone import placeholder_ids
 from future_l1_plugin.model.config import LatentConfig
 
 
@@ -212,8 +213,8 @@ def _decode(
     """The decoding loop that `model.generate` calls; returns Long (B, P + T)."""
     head = latent_head(model)
     pad = generation_config._pad_token_tensor
-    # The rope index of Qwen3-VL breaks on media placeholders in a response: the model cannot emit them.
-    media = torch.tensor([model.config.image_token_id, model.config.video_token_id], device=input_ids.device)
+    # M-RoPE breaks on media placeholders in a response: the model cannot emit them.
+    media = torch.tensor(placeholder_ids(model.config), device=input_ids.device)
     alive = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     first = True
     while bool(alive.any()):

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from future_l1_plugin.errors import CheckpointError
-from future_l1_plugin.model.checkpoint import check_new, load, save
+from future_l1_plugin.model.checkpoint import load, save
+from future_l1_plugin.model.folders import check_new
 from future_l1_plugin.model.training import base_of, sources, stored_dtype
 
 

@@ -44,6 +44,7 @@ from future_l1_plugin.latent.channel import LatentChannel, text_backbone
 from future_l1_plugin.latent.going_on import overhear
 from future_l1_plugin.latent.loss import latent_loss, pool_targets
 from future_l1_plugin.latent.policy import build_policy
+from future_l1_plugin.model.backbone import MEDIA_KEYS, core_of
 from future_l1_plugin.model.config import LatentConfig
 
 #: The label that transformers' loss passes over.
@@ -116,7 +117,7 @@ def latent_targets(
         return [torch.empty(0) for _ in frames]
     pixels, grid = batch["latent_pixel_values"], batch["latent_grid_thw"]
     with autocast():
-        features = _backbone(model).get_image_features(pixels, grid, return_dict=True).pooler_output
+        features, _ = core_of(model).image_features(pixels, grid)
     if config.train_fixed_latent_budget:
         features = [pool_targets(feature, config.train_fixed_latent_budget) for feature in features]
     features = iter(features)
@@ -125,14 +126,6 @@ def latent_targets(
         row = [next(features) for _ in range(count)]
         rows.append(torch.cat(row) if row else torch.empty(0))
     return rows
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    """The Qwen3VLModel inside any wrapper: the module that holds both vision tower and text decoder."""
-    for module in model.modules():
-        if hasattr(module, "visual") and hasattr(module, "language_model") and "visual" in module._modules:
-            return module
-    raise TypeError(f"{type(model).__name__}: found no Qwen3-VL with `visual` and `language_model` in it")
 
 
 @contextmanager
@@ -144,11 +137,11 @@ def _as_with_pictures(model: nn.Module, batch: dict[str, Any]) -> Iterator[None]
     if "blank_pixel_values" not in batch:
         yield
         return
-    backbone = _backbone(model)
+    core = core_of(model)
 
     def look(module: nn.Module, args: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
-        seen = backbone.get_image_features(batch["blank_pixel_values"], batch["blank_grid_thw"], return_dict=True)
-        nothing = sum(0.0 * features.sum() for features in (*seen.pooler_output, *seen.deepstack_features))
+        merged, more = core.image_features(batch["blank_pixel_values"], batch["blank_grid_thw"])
+        nothing = sum(0.0 * features.sum() for features in (*merged, *more))
         return embeddings + nothing.to(embeddings)
 
     handle = text_backbone(model).embed_tokens.register_forward_hook(look)
@@ -187,11 +180,9 @@ def own_latents(
     columns = where.any(0).nonzero().flatten().tolist() or [ids.shape[1] - 1]
     begin, end = columns[0] - 1, columns[-1] + 1  # mu of the first latent is read one column before it
     policy = build_policy("vmf", mean_cosine=mean_cosine) if mean_cosine is not None else None
-    media = {key: value for key, value in batch.items() if key.startswith("pixel_values")}
-    grids = {key: value for key, value in batch.items() if key in ("image_grid_thw", "video_grid_thw")}
-    positions, _ = _backbone(model).get_rope_index(
-        ids, mm_token_type_ids=batch["mm_token_type_ids"], attention_mask=mask, **grids
-    )
+    media = {key: batch[key] for key in MEDIA_KEYS if key in batch}
+    core = core_of(model)
+    positions = core.positions(batch, mask)
     cache = DynamicCache()
 
     def run(columns: slice, **inputs: Any) -> None:
@@ -207,8 +198,8 @@ def own_latents(
 
     with _evaluating(model):
         with _as_with_pictures(model, batch):
-            run(slice(0, begin), **media, **grids)
-        fed = torch.zeros(int(where.sum()), _width(model), device=ids.device)
+            run(slice(0, begin), **media)
+        fed = torch.zeros(int(where.sum()), core.width, device=ids.device)
         with LatentChannel(model, config.tokens) as channel:
             for _ in range(passes):
                 cache.crop(begin)
@@ -223,11 +214,6 @@ def _latents(config: LatentConfig, batch: dict[str, Any]) -> Tensor:
     ids = batch["input_ids"]
     response = torch.arange(ids.shape[1], device=ids.device) >= batch["response_start"][:, None]
     return (ids == config.latent_id) & response
-
-
-def _width(model: nn.Module) -> int:
-    """H, the width of the text decoder."""
-    return _backbone(model).config.text_config.hidden_size
 
 
 @contextmanager
@@ -260,10 +246,7 @@ def _packed(model: nn.Module, inputs: dict[str, Any], *marks: Tensor) -> tuple[A
     """
     mask = inputs["attention_mask"].bool()
     kept = {key: value for key, value in inputs.items() if key != "attention_mask"}
-    grids = {key: kept[key] for key in ("image_grid_thw", "video_grid_thw") if key in kept}
-    places, _ = _backbone(model).get_rope_index(
-        kept["input_ids"], mm_token_type_ids=kept["mm_token_type_ids"], attention_mask=mask.long(), **grids
-    )
+    places = core_of(model).positions(kept, mask.long())
     places = torch.cat([mask.cumsum(1)[None] - 1, places])  # (4, B, T)
     row = {key: kept[key][mask][None] for key in ("input_ids", "labels", "mm_token_type_ids")}
     kept |= row | {"position_ids": places[:, mask][:, None], "use_cache": False}

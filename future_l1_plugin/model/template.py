@@ -4,6 +4,8 @@ Qwen3-VL's own template drops images in assistant turns, which hold the future f
 media in every turn. It is set on the processor in code and saved with our checkpoints; a base checkpoint stays as is.
 """
 
+from future_l1_plugin.model.backbone import QWEN3_VL, Backbone
+
 SYSTEM_PROMPT = (
     "You answer questions about images and videos by thinking in two modes. In the textual mode you write a thought "
     "between <reason> and </reason>. In the visual mode you imagine, without words, what a coming frame looks like, "
@@ -11,8 +13,6 @@ SYSTEM_PROMPT = (
     "write the final answer, and nothing else, between <answer> and </answer>."
 )
 
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 
 _TEMPLATE = """
@@ -46,13 +46,13 @@ _TEMPLATE = """
 """
 
 
-def chat_template(system_prompt: str = SYSTEM_PROMPT) -> str:
+def chat_template(system_prompt: str = SYSTEM_PROMPT, family: Backbone = QWEN3_VL) -> str:
     """The Jinja template; `system_prompt` opens conversations that bring no system turn ("" = none)."""
     literal = "'" + system_prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
     return (
         _TEMPLATE.strip()
         .replace("SYSTEM_PROMPT_LITERAL", literal)
-        .replace("IMAGE_LITERAL", IMAGE)
-        .replace("VIDEO_LITERAL", VIDEO)
+        .replace("IMAGE_LITERAL", family.image_text)
+        .replace("VIDEO_LITERAL", family.video_text)
         .replace("ASSISTANT_LITERAL", ASSISTANT_HEADER.replace("\n", "\\n"))
     )

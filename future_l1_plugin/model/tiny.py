@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 
 from future_l1_plugin.errors import CheckpointError
+from future_l1_plugin.model.backbone import QWEN3_VL
+from future_l1_plugin.model.folders import check_new
 from future_l1_plugin.model.template import chat_template
 
 #: The real tokenizer's special tokens, in its order; the second group is not "special" to it.
@@ -105,16 +106,9 @@ def make_tiny(out_path: str | Path, seed: int = 0, latent: bool = True, system_p
         latent: convert it at once into a latent checkpoint; False writes the plain base.
         system_prompt: for the chat template; "" = none, which keeps sequences short.
     """
-    from transformers import (
-        GenerationConfig,
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+    from transformers import GenerationConfig
 
-    from future_l1_plugin.model.checkpoint import check_new, save
+    from future_l1_plugin.model.checkpoint import save
     from future_l1_plugin.model.config import LatentConfig
 
     check_new(out_path)
@@ -126,8 +120,8 @@ def make_tiny(out_path: str | Path, seed: int = 0, latent: bool = True, system_p
     ids = tokenizer.get_vocab()
     template = chat_template(system_prompt)
     tokenizer.chat_template = template
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
+    processor = QWEN3_VL.processor.load()(
+        image_processor=QWEN3_VL.image_processor.load()(
             patch_size=16,
             temporal_patch_size=2,
             merge_size=2,
@@ -136,24 +130,26 @@ def make_tiny(out_path: str | Path, seed: int = 0, latent: bool = True, system_p
             size={"shortest_edge": 32 * 32, "longest_edge": 256 * 256},
         ),
         tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(size={"shortest_edge": 2 * 32 * 32, "longest_edge": 32 * 256 * 256}),
+        video_processor=QWEN3_VL.video_processor.load()(
+            size={"shortest_edge": 2 * 32 * 32, "longest_edge": 32 * 256 * 256}
+        ),
         chat_template=template,
     )
-    config = Qwen3VLConfig(
-        text_config=deepcopy(TEXT)  # transformers writes into nested dicts
+    config = QWEN3_VL.new_config(
+        text=TEXT
         | dict(pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=ids["<|endoftext|>"]),
-        vision_config=deepcopy(VISION),
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        vision=VISION,
+        image=ids[QWEN3_VL.image_token],
+        video=ids[QWEN3_VL.video_token],
+        start=ids[QWEN3_VL.start_token],
+        end=ids[QWEN3_VL.end_token],
+        tied=True,
     )
     if latent:
         LatentConfig(ids["<|latent|>"], ids["<|latent_start|>"], ids["<|latent_end|>"]).to_hf(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
+        model = QWEN3_VL.model.load()(config)
     model.generation_config = GenerationConfig(
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
     )
@@ -166,8 +162,6 @@ def copy_micro_base(out_path: str | Path) -> Path:
 
     Raises CheckpointError if the folder holds files, or if the package lacks the weights.
     """
-    from future_l1_plugin.model.checkpoint import check_new
-
     out = Path(out_path)
     if not (MICRO_BASE / "config.json").exists():
         raise CheckpointError(f"{MICRO_BASE}: the micro base is missing. Make it with scripts/make_micro_base.sh.")

@@ -8,7 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from future_l1_plugin.data.record_files import BadRecord, load_records
-from future_l1_plugin.data.records import CONTROL_TOKENS, BadRecordError, Frame, Text, TwiffRecord, text_fault
+from future_l1_plugin.data.records import (
+    CONTROL_TOKENS,
+    MEDIA_TOKENS,
+    BadRecordError,
+    Frame,
+    Text,
+    TwiffRecord,
+    text_fault,
+)
 from future_l1_plugin.errors import ConfigError, DataError
 
 
@@ -237,6 +245,12 @@ def test_the_latent_tokens_are_control_tokens():
     from future_l1_plugin.latent.tokens import TOKENS
 
     assert [token for token in CONTROL_TOKENS if "latent" in token] == list(TOKENS)
+
+
+def test_the_media_tokens_are_those_of_the_families():
+    from future_l1_plugin.model.backbone import BACKBONES
+
+    assert set(MEDIA_TOKENS) == {token for family in BACKBONES.values() for token in family.media_tokens}
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,10 @@ def test_the_weight_update_sends_those_names(model):
 
 @pytest.mark.vllm
 def test_vllm_takes_each_of_them(model):
-    from future_l1_plugin.integrations.vllm.model import LatentQwen3VL
+    from future_l1_plugin.integrations.vllm.model import LatentQwen
 
     names = list(model.state_dict())
-    mapped = [LatentQwen3VL.hf_to_vllm_mapper._map_name(name) for name in names]
+    mapped = [LatentQwen.hf_to_vllm_mapper._map_name(name) for name in names]
     assert None not in mapped and len(set(mapped)) == len(names)
     assert {name.split(".")[0] for name in mapped} == {"visual", "language_model", HEAD_NAME}
     by_name = dict(zip(names, mapped, strict=True))

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from future_l1_plugin.cli import main as command
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import CheckpointError
-from future_l1_plugin.integrations.hf_trainer.host import LORA_TARGETS, with_lora
+from future_l1_plugin.integrations.hf_trainer.host import lora_targets, with_lora
 from future_l1_plugin.integrations.sft.lora import quantization
 from future_l1_plugin.integrations.sft.recipe import LoraRecipe
 from future_l1_plugin.integrations.sft.run import main
 from future_l1_plugin.integrations.sft.trainer import save_final
 from future_l1_plugin.latent.channel import HEAD_NAME
 from future_l1_plugin.model import LatentConfig, export, load, save
+from future_l1_plugin.model.backbone import QWEN3_VL
 from future_l1_plugin.model.checkpoint import attach_head
 from future_l1_plugin.model.training import check_whole, sources
 
@@ -224,7 +225,7 @@ def test_four_bits_hold_the_layers_that_have_adapters(start):
     whole = load(start, dtype=torch.float32)[0]
     packed = load(start, dtype=torch.float32, quantization=quantization(4, bf16=False))[0]
     names = {name for name, module in packed.named_modules() if isinstance(module, Linear4bit)}
-    assert names == {name for name, _ in whole.named_modules() if re.fullmatch(LORA_TARGETS, name)}
+    assert names == {name for name, _ in whole.named_modules() if re.fullmatch(lora_targets(QWEN3_VL), name)}
     assert {p.dtype for name, p in packed.named_parameters() if name.rpartition(".")[0] not in names} == {torch.float32}
     # The largest of 16 NF4 levels in a block of 64 is exact; between two levels an error of half their distance.
     name = min(names)
@@ -246,7 +247,7 @@ def test_a_run_with_four_bits(start, tmp_path):
     assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.rpartition(".")[0] for name in changed if "layers" in name} == {
-        name for name, _ in load(start)[0].named_modules() if re.fullmatch(LORA_TARGETS, name)
+        name for name, _ in load(start)[0].named_modules() if re.fullmatch(lora_targets(QWEN3_VL), name)
     }
     assert not any("quantization" in key for key in json.loads((final / "config.json").read_text()))
     exported = export(checkpoint, tmp_path / "out")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from future_l1_plugin.model import LatentConfig, load, save
+from future_l1_plugin.model.backbone import QWEN3_VL
 from future_l1_plugin.model.card import card, source_of, write_card
 
 BASE = """---
@@ -33,17 +34,17 @@ class Config(SimpleNamespace):
 
 def config(folder, **keys):
     """A configuration as transformers reads it from `folder`."""
-    found = Config(_name_or_path=str(folder))
+    found = Config(_name_or_path=str(folder), model_type=QWEN3_VL.model_type)
     latent(**keys).to_hf(found)
     return found
 
 
 def test_what_it_says():
-    plain = card(latent(max_latent_token=4))
+    plain = card(latent(max_latent_token=4), QWEN3_VL)
     assert plain.startswith("---\nlibrary_name: transformers\n") and "license" not in plain.split("---")[1]
     assert "(nothing in between), at most 8 in a span" in plain  # 4 x the multiplier 2
     assert "**Stock tools do not feed latents back.**" in plain
-    headed = card(latent(use_projection_head=True, projection_head_type="lvr", fixed_latent_budget=True))
+    headed = card(latent(use_projection_head=True, projection_head_type="lvr", fixed_latent_budget=True), QWEN3_VL)
     assert "(a lvr head on it), exactly 4 in a span" in headed
     assert "{" not in re.sub(r"```.*?```", "", plain, flags=re.DOTALL)
 

@@ -27,8 +27,7 @@ from future_l1_plugin.model import (
     make_tiny,
     save,
 )
-from future_l1_plugin.model.config import RELEASED_ARCHITECTURES
-from future_l1_plugin.model.template import IMAGE, VIDEO
+from future_l1_plugin.model.backbone import QWEN3_VL
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +275,7 @@ def test_convert_refuses_what_is_no_qwen3_vl(base, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", RELEASED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QWEN3_VL.released)
 def test_released_architectures_load_as_the_stock_class(converted, tmp_path, architecture):
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -531,8 +530,8 @@ def test_images_of_assistant_turns_survive(processor):
     text = render(processor, {"role": "system", "content": "S"}, user, assistant, {"role": "user", "content": "more"})
     assert text == (
         "<|im_start|>system\nS<|im_end|>\n"
-        f"<|im_start|>user\n{IMAGE}{VIDEO}Q?<|im_end|>\n"
-        f"<|im_start|>assistant\n<reason>r</reason>{IMAGE}A<|im_end|>\n"
+        f"<|im_start|>user\n{QWEN3_VL.image_text}{QWEN3_VL.video_text}Q?<|im_end|>\n"
+        f"<|im_start|>assistant\n<reason>r</reason>{QWEN3_VL.image_text}A<|im_end|>\n"
         "<|im_start|>user\nmore<|im_end|>\n"
     )
 
@@ -558,7 +557,9 @@ def test_media_tokens_of_both_turns_reach_the_model(processor, converted):
 
 def test_other_spellings_of_parts(processor):
     parts = [{"image_url": "a.png"}, {"image": "a.png"}, {"video": "a.mp4"}, {"text": "t"}]
-    assert f"user\n{IMAGE}{IMAGE}{VIDEO}t<|im_end|>" in render(processor, {"role": "user", "content": parts})
+    assert f"user\n{QWEN3_VL.image_text}{QWEN3_VL.image_text}{QWEN3_VL.video_text}t<|im_end|>" in render(
+        processor, {"role": "user", "content": parts}
+    )
 
 
 def test_default_system_prompt(processor, converted, tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from future_l1_plugin.data import make_world
 from future_l1_plugin.model import LatentConfig, chat_template, convert, generate, load, make_tiny
-from future_l1_plugin.model.config import RELEASED_ARCHITECTURES
+from future_l1_plugin.model.backbone import QWEN3_VL
 
 #: The latent keys of a released config.json, as they stand there; ids are filled in.
 RELEASED_KEYS = {
@@ -66,7 +66,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), test=0, train=16, seed=0, progress=False)
 
 
-@pytest.fixture(scope="module", params=RELEASED_ARCHITECTURES)
+@pytest.fixture(scope="module", params=QWEN3_VL.released)
 def released(request, tiny_path, tmp_path_factory) -> Path:
     return as_released(tiny_path, tmp_path_factory.mktemp("released") / request.param, request.param)
 

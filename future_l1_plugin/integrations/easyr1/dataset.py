@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from verl.models.transformers.qwen3_vl import get_rope_index
 from verl.utils.dataset import collate_fn
 from verl.utils.torch_functional import postprocess_data
 
@@ -17,12 +16,11 @@ from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.easyr1.config import LatentDataConfig
 from future_l1_plugin.integrations.verl.columns import PROMPT as ROW
 from future_l1_plugin.integrations.verl.dataset import LatentRLDataset
+from future_l1_plugin.model.backbone import GRID_KEYS, MEDIA_KEYS, by_processor
 from future_l1_plugin.rewards import RewardSet
 
 #: EasyR1's field for pictures and videos. It takes it along to rollout and actor; ours holds the prompt itself.
 PROMPT = "multi_modal_data"
-#: What the model takes beside tokens.
-_MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 class EasyR1Dataset(LatentRLDataset):
@@ -36,6 +34,7 @@ class EasyR1Dataset(LatentRLDataset):
         settings = {"future_l1": vars(config.future_l1), "max_prompt_length": config.max_prompt_length}
         super().__init__(files, processor.tokenizer, settings, rewards=rewards)
         self.processor = processor
+        self._positions = by_processor(processor).easyr1_positions.load()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = super().__getitem__(index)
@@ -44,12 +43,11 @@ class EasyR1Dataset(LatentRLDataset):
         ids = torch.tensor(encoded.prompt_ids)
         mask = torch.ones_like(ids)
         inputs = encoded.inputs
-        positions = get_rope_index(
+        positions = self._positions(
             self.processor,
             input_ids=ids,
-            image_grid_thw=inputs.get("image_grid_thw"),
-            video_grid_thw=inputs.get("video_grid_thw"),
             attention_mask=mask,
+            **{key: inputs.get(key) for key in GRID_KEYS},
         )  # (3, P)
         ids, mask, positions = postprocess_data(
             input_ids=ids,
@@ -70,7 +68,7 @@ class EasyR1Dataset(LatentRLDataset):
 
 def media(encoded: EncodedPrompt) -> dict[str, torch.Tensor]:
     """What the model takes of a prompt beside its tokens."""
-    return {name: encoded.inputs[name] for name in _MEDIA if name in encoded.inputs}
+    return {name: encoded.inputs[name] for name in MEDIA_KEYS if name in encoded.inputs}
 
 
 def create_dataloaders(

@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.latent.channel import HEAD_NAME, latent_head
+from future_l1_plugin.model.backbone import by_config
 from future_l1_plugin.model.token_rows import trainable_rows
-
-_DECODER = "model.language_model.layers."
 
 
 def with_latent_parts(model: nn.Module, config: Any) -> None:
@@ -29,10 +28,11 @@ def with_latent_parts(model: nn.Module, config: Any) -> None:
 
     Raises ConfigError: adapters were asked for elsewhere than in the text decoder.
     """
+    decoder = f"model.{by_config(model.config).text}.layers."
     names = [name for name, _ in model.named_modules()]
     for target in config.target_modules:
         found = [name for name in names if f".{name}".endswith(f".{target}")]
-        others = [name for name in found if not name.startswith(_DECODER)]
+        others = [name for name in found if not name.startswith(decoder)]
         if not found or others:
             raise ConfigError(
                 "worker.actor.model.lora.target_modules: expected names of linear layers of the text decoder, such as "

@@ -1,23 +1,31 @@
-"""Qwen3-VL of transformers 4.57 that reads our checkpoints and decodes latents.
+"""A family's model in transformers 4.57 that reads our checkpoints and decodes latents.
 
-`register()` makes it the class that `AutoModelForImageTextToText` builds for `qwen3_vl`, which is how EasyR1 loads its
+`register()` makes it the class that `AutoModelForImageTextToText` builds for the family, which is how EasyR1 loads its
 models. It differs from transformers' class in three things that transformers 5 does otherwise.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
+from future_l1_plugin.model.backbone import BACKBONES, Backbone
 from future_l1_plugin.model.checkpoint import attach_head, load_head
 from future_l1_plugin.model.config import LatentConfig
 
+#: Those that EasyR1 trains.
+FAMILIES = tuple(family for family in BACKBONES.values() if family.easyr1_positions is not None)
 
-class LatentQwen3VL(Qwen3VLForConditionalGeneration):
-    """See the module. Raises CheckpointError for a checkpoint without latent tokens or without its head's weights."""
 
-    def __init__(self, config: Qwen3VLConfig) -> None:
+class LatentModel:
+    """What stands before transformers' class of a family; see the module.
+
+    Raises CheckpointError: a checkpoint without latent tokens or without its head's weights.
+    """
+
+    def __init__(self, config: Any) -> None:
         text = config.text_config
         if text.rope_scaling is None:  # written by transformers 5, under another name
             text.rope_scaling = {k: v for k, v in text.rope_parameters.items() if k != "rope_theta"}
@@ -26,7 +34,7 @@ class LatentQwen3VL(Qwen3VLForConditionalGeneration):
         attach_head(self, LatentConfig.from_hf(config))
 
     @classmethod
-    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> "LatentQwen3VL":
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> "LatentModel":
         model = super().from_pretrained(path, *args, **kwargs)
         if LatentConfig.from_hf(model.config).head != "none":
             load_head(model, path)  # under whichever prefix the checkpoint has them
@@ -48,6 +56,13 @@ class LatentQwen3VL(Qwen3VLForConditionalGeneration):
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
 
+@cache
+def latent_class(family: Backbone) -> type[LatentModel]:
+    """transformers' class of the family with `LatentModel` before it."""
+    return type(f"Latent{family.name.replace('-', '')}", (LatentModel, family.model.load()), {"__module__": __name__})
+
+
 def register() -> None:
     """For this process."""
-    AutoModelForImageTextToText.register(Qwen3VLConfig, LatentQwen3VL, exist_ok=True)
+    for family in FAMILIES:
+        AutoModelForImageTextToText.register(family.config.load(), latent_class(family), exist_ok=True)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers import AutoConfig
 from verl.protocol import DataProto
 from verl.utils.fsdp_utils import load_fsdp_model, offload_fsdp_model
 from verl.utils.torch_dtypes import PrecisionType
@@ -25,22 +24,28 @@ from future_l1_plugin.integrations.easyr1.actor import ROLLOUT, object_array
 from future_l1_plugin.integrations.easyr1.config import VALIDATE, LatentRolloutConfig
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT, EasyR1Dataset, media
 from future_l1_plugin.integrations.easyr1.lora import Merged
-from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
+from future_l1_plugin.integrations.easyr1.model import FAMILIES, LatentModel, latent_class
 from future_l1_plugin.integrations.rl.rollouts import rollouts_of
 from future_l1_plugin.integrations.rl.settings import LatentSection
 from future_l1_plugin.model import LatentConfig, LatentOutput, generate
+from future_l1_plugin.model.backbone import by_config
 from future_l1_plugin.model.batch import left_padded
 
-#: Taken when this module is imported. With `padding_free` EasyR1 then replaces them by ones that keep no cache.
-_FORWARD, _INNER_FORWARD = Qwen3VLForConditionalGeneration.forward, Qwen3VLModel.forward
+#: By family; taken when this module is imported. With `padding_free` EasyR1 then replaces them by ones that keep no
+#: cache.
+_FORWARDS = {each.name: (each.model.load().forward, each.inner.load().forward) for each in FAMILIES}
 
 
-def build_model(path: str, config: Any, dtype: str) -> LatentQwen3VL:
+def build_model(path: str, config: Any, dtype: str) -> LatentModel:
     """The copy that decodes, with the actor's `config`; EasyR1 replaces `flash_attention_2` as well, hence sdpa."""
-    model = LatentQwen3VL.from_pretrained(
-        path, config=config, dtype=PrecisionType.to_dtype(dtype), attn_implementation="sdpa"
-    ).eval()
-    model.forward, model.model.forward = MethodType(_FORWARD, model), MethodType(_INNER_FORWARD, model.model)
+    family = by_config(config or AutoConfig.from_pretrained(path), path)
+    model = (
+        latent_class(family)
+        .from_pretrained(path, config=config, dtype=PrecisionType.to_dtype(dtype), attn_implementation="sdpa")
+        .eval()
+    )
+    outer, inner = _FORWARDS[family.name]
+    model.forward, model.model.forward = MethodType(outer, model), MethodType(inner, model.model)
     return model.requires_grad_(False)
 
 
@@ -60,7 +65,7 @@ class LatentRollout(BaseRollout):
         config: LatentRolloutConfig,
         latent: LatentSection,
         processor: Any,
-        model: LatentQwen3VL,
+        model: LatentModel,
         device: str | torch.device,
         rank: int = 0,
     ) -> None:

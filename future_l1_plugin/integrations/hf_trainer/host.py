@@ -9,13 +9,11 @@ from future_l1_plugin.integrations.sft.host import checked, shared_arguments
 from future_l1_plugin.integrations.sft.lora import adapted
 from future_l1_plugin.integrations.sft.memory import Sharding
 from future_l1_plugin.integrations.sft.recipe import LoraRecipe, SftRecipe
+from future_l1_plugin.model.backbone import Backbone, core_of
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
-
-#: The text decoder's linear layers.
-LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 class HfTrainer:
@@ -51,7 +49,7 @@ class HfTrainer:
 
     def prepare(self, model: "nn.Module", recipe: SftRecipe, arguments: "TrainingArguments") -> "nn.Module":
         """Vision tower and mergers stay as they are unless asked for; text decoder and lm_head learn (paper)."""
-        model.model.visual.requires_grad_(recipe.train.train_vision)
+        core_of(model).vision.requires_grad_(recipe.train.train_vision)
         return with_lora(model, recipe.train.lora, arguments) if recipe.train.lora.rank else model
 
     def trainer(self) -> "type[Trainer]":
@@ -60,8 +58,12 @@ class HfTrainer:
         return LatentSftTrainer
 
 
+def lora_targets(family: Backbone) -> str:
+    """PEFT's pattern for the names of the text decoder's linear layers."""
+    return rf".*{family.text}\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
 def with_lora(model: "nn.Module", lora: LoraRecipe, arguments: "TrainingArguments | None" = None) -> "nn.Module":
     """The model with LoRA on the text decoder; see `sft.lora.adapted` for what is trained beside it."""
-    return adapted(
-        model, arguments, targets=LORA_TARGETS, r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout
-    )
+    targets = lora_targets(core_of(model).family)
+    return adapted(model, arguments, targets=targets, r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout)

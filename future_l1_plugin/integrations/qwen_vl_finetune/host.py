@@ -25,6 +25,7 @@ from future_l1_plugin.integrations.sft.host import RECIPE_KEYS, checked, shared_
 from future_l1_plugin.integrations.sft.lora import adapted
 from future_l1_plugin.integrations.sft.memory import Sharding
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
+from future_l1_plugin.model.backbone import core_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,9 +121,8 @@ class QwenVlFinetune:
         """Freeze and adapt by its functions."""
         do = self._modules
         # It looks for the parts where transformers 4.57 had them.
-        parts = SimpleNamespace(
-            visual=model.model.visual, language_model=model.model.language_model, lm_head=model.lm_head
-        )
+        core = core_of(model)
+        parts = SimpleNamespace(visual=core.vision, language_model=core.text, lm_head=model.lm_head)
         do.configure_llm(parts, arguments)
         do.configure_vision_tower(parts, arguments, model.dtype, model.device)
         do.unfreeze_topk_layers(parts, k_llm=arguments.unfreeze_topk_llm, k_vis=arguments.unfreeze_topk_vision)
@@ -131,7 +131,8 @@ class QwenVlFinetune:
     def _with_lora(self, model: "nn.Module", arguments: "TrainingArguments") -> "nn.Module":
         from future_l1_plugin.latent.channel import HEAD_NAME
 
-        excluded = [*_excluded(arguments), *([] if arguments.vision_lora else ["visual"]), HEAD_NAME]
+        tower = core_of(model).family.vision
+        excluded = [*_excluded(arguments), *([] if arguments.vision_lora else [tower]), HEAD_NAME]
         targets = self._modules.find_target_linear_names(
             model,
             num_lora_modules=arguments.num_lora_modules,
@@ -153,7 +154,7 @@ class QwenVlFinetune:
             bias=arguments.lora_bias,
         )
         for name, parameter in model.named_parameters():  # PEFT froze them again
-            parameter.requires_grad |= (not arguments.freeze_vision_tower and "visual" in name) or (
+            parameter.requires_grad |= (not arguments.freeze_vision_tower and tower in name) or (
                 not arguments.freeze_merger and "merger" in name
             )
         return model

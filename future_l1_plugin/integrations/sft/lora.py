@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from future_l1_plugin.compat import require
 from future_l1_plugin.latent.channel import HEAD_NAME
+from future_l1_plugin.model.backbone import BACKBONES
 from future_l1_plugin.model.checkpoint import divided, gathered
 from future_l1_plugin.model.token_rows import INPUT, OUTPUT, trainable_rows
 
@@ -56,7 +57,7 @@ def quantization(bits: int | None, bf16: bool) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        llm_int8_skip_modules=["model.visual", "lm_head", HEAD_NAME],
+        llm_int8_skip_modules=[*{f"model.{family.vision}" for family in BACKBONES.values()}, "lm_head", HEAD_NAME],
     )
 
 

@@ -21,20 +21,21 @@ def model_sizes(recipe: SftRecipe, host: Host, arguments: "TrainingArguments | N
     Args:
         arguments: the host's, where there are some.
 
-    Raises CheckpointError: the configuration can be had neither here nor from the hub.
+    Raises CheckpointError: the configuration can be had neither here nor from the hub, or is of another family.
     """
     import torch
-    from transformers import Qwen3VLForConditionalGeneration
 
+    from future_l1_plugin.model.backbone import by_config
     from future_l1_plugin.model.checkpoint import attach_head
     from future_l1_plugin.model.config import LatentConfig
 
     config = _config(recipe.model)
+    family = by_config(config, recipe.model)
     latent = LatentConfig.from_hf(config)
     if arguments is None:
         arguments = host.arguments(_unsharded(recipe), Path(recipe.output) / "checkpoints")
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config)
+        model = family.model.load()(config)
         attach_head(model, latent)
         model = host.prepare(model, recipe, arguments)
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
@@ -59,13 +60,10 @@ def _config(path: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: no such folder here, and the hub did not give it ({said})") from error
-    if config.model_type != "qwen3_vl":
-        raise CheckpointError(f"{path}: expected model_type 'qwen3_vl', found {config.model_type!r}")
-    return config
 
 
 def _unsharded(recipe: SftRecipe) -> SftRecipe:

@@ -32,6 +32,7 @@ from future_l1_plugin.integrations.verl.settings import latent_section
 from future_l1_plugin.integrations.verl.watch import GO_ON, Asked, agent_loop_worker, words
 from future_l1_plugin.integrations.verl.waves import WaveClient, deal
 from future_l1_plugin.la_dapo import Rollout
+from future_l1_plugin.model.backbone import PICTURES
 
 
 class LatentOutput(AgentLoopOutput):
@@ -168,7 +169,7 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         if getattr(output, "processor_inputs", None) is None:
             return super()._compute_multi_modal_inputs(output, input_ids)
         inputs = dict(output.processor_inputs)  # the caller takes keys out of it
-        grid = inputs.get("image_grid_thw")
+        grid = inputs.get(PICTURES.grid)
         if grid is not None:
             inputs["images_seqlens"] = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0])
         return inputs

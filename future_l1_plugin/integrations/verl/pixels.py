@@ -27,15 +27,14 @@ from torch import Tensor
 
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.integrations.verl.keeper import Keeper
-from future_l1_plugin.integrations.vllm.media import MEDIA, media_hashes
+from future_l1_plugin.integrations.vllm.media import media_hashes
+from future_l1_plugin.model.backbone import MEDIA_KEYS, PIXEL_KEYS
 
 #: Key in a sample's `multi_modal_inputs`: the prompt (its uid) whose pixels belong to it.
 PROMPT = "pixels_of_prompt"
 #: Key beside the pixels in the object store: `media_hashes` of them.
 HASHES = "hashes"
 _KEEPER = "future_l1_pixels"
-_PIXELS = tuple(pixels for _, pixels, _ in MEDIA)
-_SENT = frozenset(name for _, *names in MEDIA for name in names)
 
 #: A tensor's bytes, its dtype's name and its shape.
 Packed = tuple[np.ndarray, str, tuple[int, ...]]
@@ -94,15 +93,15 @@ def share(uid: str, encoded: Any, dtype: torch.dtype, hashed: bool, keep: bool) 
             the last reference to them.
     """
     inputs = encoded.media
-    sent = {name: tensor for name, tensor in inputs.items() if name in _SENT}
+    sent = {name: tensor for name, tensor in inputs.items() if name in MEDIA_KEYS}
     if not sent:
         return SharedPrompt(encoded.prompt_ids, inputs, None)
-    sent = {name: tensor.to(dtype) if name in _PIXELS else tensor for name, tensor in sent.items()}
+    sent = {name: tensor.to(dtype) if name in PIXEL_KEYS else tensor for name, tensor in sent.items()}
     reference = ray.put({name: pack(tensor) for name, tensor in sent.items()} | {HASHES: _hashes(sent, hashed)})
     if keep:
         size = sum(tensor.nbytes for tensor in sent.values())
         ray.get(keeper().put.remote(uid, [reference], size))  # in a list, or Ray would send the pixels themselves
-    inputs = {name: value for name, value in inputs.items() if name not in _PIXELS}
+    inputs = {name: value for name, value in inputs.items() if name not in PIXEL_KEYS}
     return SharedPrompt(encoded.prompt_ids, inputs | {PROMPT: uid}, reference)
 
 

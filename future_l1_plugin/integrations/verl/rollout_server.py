@@ -25,9 +25,9 @@ from future_l1_plugin.integrations.verl.failures import RequestAborted
 from future_l1_plugin.integrations.verl.host import TokenOutput, copy_to_local, get_platform
 from future_l1_plugin.integrations.verl.pixels import Packed, opened, unpack
 from future_l1_plugin.integrations.verl.sampling import Sampling, Wave, seed_of
-from future_l1_plugin.integrations.vllm.media import MEDIA
 from future_l1_plugin.la_dapo import LatentScoring, Rollout
 from future_l1_plugin.model import LatentConfig, generate, load
+from future_l1_plugin.model.backbone import MEDIA, MEDIA_KEYS, by_config, patches_per_token, token_types
 from future_l1_plugin.model.batch import left_padded
 
 WAVE_TIMEOUT_S = 120.0
@@ -196,7 +196,7 @@ class LatentHFServer:
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long(),
+            "mm_token_type_ids": token_types(ids, config),
         }
         given = {name: torch.as_tensor(value) for name, value in opened(mm_inputs)[0].items() if value is not None}
         for name, expected in inputs.items():
@@ -205,15 +205,17 @@ class LatentHFServer:
                     f"request {request_id}: {name} of mm_inputs differs from what prompt_ids give. Expected the "
                     "processor's output for this very prompt, neither padded nor cut"
                 )
-        if unknown := sorted(set(given) - {name for _, *names in MEDIA for name in names}):
-            raise ConfigError(f"request {request_id}: mm_inputs has {', '.join(unknown)}, which Qwen3-VL does not take")
-        merged = config.vision_config.spatial_merge_size**2
-        for kind, pixels, grid in MEDIA:
-            found = int((ids == getattr(config, f"{kind}_token_id")).sum())
-            brought = int(given[grid].prod(-1).sum()) // merged if pixels in given and grid in given else 0
+        if unknown := sorted(set(given) - set(MEDIA_KEYS)):
+            name = by_config(config).name
+            raise ConfigError(f"request {request_id}: mm_inputs has {', '.join(unknown)}, which {name} does not take")
+        merged = patches_per_token(config)
+        for media in MEDIA:
+            found = int((ids == media.token_id(config)).sum())
+            whole = media.pixels in given and media.grid in given
+            brought = int(given[media.grid].prod(-1).sum()) // merged if whole else 0
             if found != brought:
                 raise ConfigError(
-                    f"request {request_id}: the prompt has {found} placeholders for {pixels}, mm_inputs bring "
+                    f"request {request_id}: the prompt has {found} placeholders for {media.pixels}, mm_inputs bring "
                     f"{brought}. Pass prompt_ids and mm_inputs from one call of the processor"
                 )
         return inputs | given

@@ -21,6 +21,8 @@ def hf_config(config: DictConfig) -> Any:
     """The model's configuration, with what `override_config` says. Raises CheckpointError: there is none."""
     from transformers import AutoConfig
 
+    from future_l1_plugin.model.backbone import by_config
+
     path = config.actor_rollout_ref.model.path
     try:
         found = AutoConfig.from_pretrained(path)
@@ -28,8 +30,7 @@ def hf_config(config: DictConfig) -> Any:
         raise CheckpointError(
             f"{path}: no checkpoint here, and the hub did not give it ({str(error).strip().splitlines()[0]})"
         ) from error
-    if found.model_type != "qwen3_vl":
-        raise CheckpointError(f"{path}: expected model_type 'qwen3_vl', found {found.model_type!r}")
+    by_config(found, path)
     for key, value in config.actor_rollout_ref.model.override_config.items():
         setattr(found, key, value)
     return found
@@ -55,21 +56,21 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
     Raises CheckpointError: the configuration has no latent tokens.
     """
     import torch
-    from transformers import Qwen3VLForConditionalGeneration
 
     from future_l1_plugin.integrations.verl.host import _select_fsdp2_wrap_targets
     from future_l1_plugin.integrations.verl.lora import embeddings_in_the_outermost_unit
+    from future_l1_plugin.model.backbone import by_config, core_of, patches_per_token
     from future_l1_plugin.model.checkpoint import attach_head
     from future_l1_plugin.model.config import LatentConfig
     from future_l1_plugin.model.training import stored_dtype
 
     given, latent = config.actor_rollout_ref.model, LatentConfig.from_hf(model)
     with torch.device("meta"):
-        module = Qwen3VLForConditionalGeneration(model)
+        module = by_config(model).model.load()(model)
         attach_head(module, latent)
     frozen = config.actor_rollout_ref.actor.get("freeze_vision_tower", False)
     if frozen:
-        module.model.visual.requires_grad_(False)
+        core_of(module).vision.requires_grad_(False)
     if given.get("lora_rank", 0):
         module = _adapted(module, given, frozen)
     names = getattr(module, "_no_split_modules", None)
@@ -93,7 +94,7 @@ def counts_of(config: DictConfig, model: Any) -> ModelCounts:
         vision_layers=vision.depth,
         vision_hidden=vision.hidden_size,
         vision_inner=vision.intermediate_size,
-        patches=vision.spatial_merge_size**2,
+        patches=patches_per_token(model),
         patch=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         stored=(stored_dtype(model) or torch.float32).itemsize,
     )
@@ -105,10 +106,11 @@ def _adapted(module: Any, given: DictConfig, frozen: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from future_l1_plugin.integrations.verl.lora import add_rows
+    from future_l1_plugin.model.backbone import vision_pattern
 
     targets, left_out = given.target_modules, given.exclude_modules
     if frozen:
-        left_out = r".*\bvisual\b.*" + (f"|{left_out}" if left_out else "")
+        left_out = vision_pattern() + (f"|{left_out}" if left_out else "")
     if OmegaConf.is_config(targets):
         targets = OmegaConf.to_container(targets)
     lora = LoraConfig(r=given.lora_rank, target_modules=targets, exclude_modules=left_out, bias="none")

@@ -11,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from future_l1_plugin.model.backbone import (
+    GRID_KEYS,
+    PICTURES,
+    PIXEL_KEYS,
+    VIDEOS,
+    patches_per_token,
+    placeholder_ids,
+)
+
 
 def as_images(inputs: dict[str, Any], ids: Tensor, config: Any) -> dict[str, Any]:
     """A model's inputs with their videos among the images, if there are both; else as they are.
@@ -20,28 +29,28 @@ def as_images(inputs: dict[str, Any], ids: Tensor, config: Any) -> dict[str, Any
         ids: Long (n,), the same ids row after row, without padding.
         config: the model's.
     """
-    pixels = [inputs.get("pixel_values"), inputs.get("pixel_values_videos")]
+    pixels = [inputs.get(key) for key in PIXEL_KEYS]
     if any(each is None for each in pixels):
         return inputs
-    grids = [inputs["image_grid_thw"], inputs["video_grid_thw"]]
+    grids = [inputs[key] for key in GRID_KEYS]
     begins = [
-        _first_tokens(ids, token, grid, config.vision_config.spatial_merge_size)
-        for token, grid in zip((config.image_token_id, config.video_token_id), grids, strict=True)
+        _first_tokens(ids, token, grid, patches_per_token(config))
+        for token, grid in zip(placeholder_ids(config), grids, strict=True)
     ]
     order = torch.cat(begins).argsort().tolist()
     patches = [part for each, grid in zip(pixels, grids, strict=True) for part in each.split(grid.prod(1).tolist())]
-    rest = {key: value for key, value in inputs.items() if key not in ("pixel_values_videos", "video_grid_thw")}
-    tokens = inputs["input_ids"]
+    rest = {key: value for key, value in inputs.items() if key not in (VIDEOS.pixels, VIDEOS.grid)}
+    tokens, (image, video) = inputs["input_ids"], placeholder_ids(config)
     return rest | {
-        "input_ids": torch.where(tokens == config.video_token_id, config.image_token_id, tokens),
-        "pixel_values": torch.cat([patches[i] for i in order]),
-        "image_grid_thw": torch.cat(grids)[order],
+        "input_ids": torch.where(tokens == video, image, tokens),
+        PICTURES.pixels: torch.cat([patches[i] for i in order]),
+        PICTURES.grid: torch.cat(grids)[order],
     }
 
 
-def _first_tokens(ids: Tensor, token: int, grid: Tensor, merge: int) -> Tensor:
+def _first_tokens(ids: Tensor, token: int, grid: Tensor, merged: int) -> Tensor:
     """Where in `ids` the placeholders of each item begin. Long (items,)."""
-    counts = grid.prod(1) // merge**2
+    counts = grid.prod(1) // merged
     where = (ids == token).nonzero()[:, 0]
     if len(where) != int(counts.sum()):
         raise ValueError(f"expected {int(counts.sum())} placeholders {token} for {len(grid)} items, found {len(where)}")

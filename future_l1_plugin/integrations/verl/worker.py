@@ -14,6 +14,7 @@ from future_l1_plugin.integrations.verl.host import (
     register,
 )
 from future_l1_plugin.la_dapo import LatentScoring
+from future_l1_plugin.model.backbone import core_of, vision_pattern
 
 
 class LatentTrainingWorker(TrainingWorker):
@@ -61,12 +62,10 @@ class LatentWorker(ActorRolloutRefWorker):
             # PEFT sets an adapter free again whenever it enables adapters: there must be none.
             given = self.config.model.exclude_modules
             with open_dict(self.config.model):
-                self.config.model.exclude_modules = r".*\bvisual\b.*" + (f"|{given}" if given else "")
+                self.config.model.exclude_modules = vision_pattern() + (f"|{given}" if given else "")
         super().init_model()
         if "actor" in self.role and "rollout" in self.role:
             # "auto" is the checkpoint's dtype, which the actor does not keep.
             self.actor.engine.sync_dtype = getattr(torch, self.config.rollout.dtype, None)
         if frozen:
-            for module in self.actor.engine.module.modules():
-                if "visual" in module._modules:
-                    module.visual.requires_grad_(False)
+            core_of(self.actor.engine.module).vision.requires_grad_(False)

@@ -8,7 +8,7 @@
 
 vLLM's second model runner lets a model bring its own state and sampler. Who does what:
 
-    model       Qwen3-VL with the latent head; hands out the hidden states that were sampled from
+    model       the stock model with the latent head; hands out the hidden states that were sampled from
     state       beside the model, one row a request: runs the span grammar after each sampling, draws z, feeds it
     connector   carries z from the workers to the scheduler, and out of the engine with the finished request
     scheduler   gives latents back to a request that was preempted; keeps its KV blocks out of other requests' prompts
@@ -26,8 +26,6 @@ from future_l1_plugin.integrations.vllm.allocator import SLEEPS, check_allocator
 if TYPE_CHECKING:
     from future_l1_plugin.integrations.vllm.results import Latents
 
-#: The name of our model class in vLLM's registry; the released checkpoints call their own class so.
-ARCHITECTURE = "FutureL1_Qwen3VL"
 _HERE = "future_l1_plugin.integrations.vllm"
 
 
@@ -35,10 +33,11 @@ def register() -> None:
     """What the entry point `vllm.general_plugins` calls, in each of vLLM's processes."""
     from vllm import ModelRegistry
 
-    from future_l1_plugin.model.config import RELEASED_ARCHITECTURES
+    from future_l1_plugin.model.backbone import BACKBONES
 
-    for name in RELEASED_ARCHITECTURES:
-        ModelRegistry.register_model(name, f"{_HERE}.model:LatentQwen3VL")
+    for family in BACKBONES.values():
+        for name in {family.latent_architecture, *family.released}:
+            ModelRegistry.register_model(name, f"{_HERE}.model:{family.vllm.latent}")
 
 
 def engine_args(model: str, **more: Any) -> dict[str, Any]:
@@ -76,10 +75,14 @@ def overrides(config: Any) -> dict[str, Any]:
 
     Raises CheckpointError: not a latent checkpoint.
     """
+    from future_l1_plugin.model.backbone import by_config
     from future_l1_plugin.model.config import LatentConfig
 
-    latent = LatentConfig.from_hf(config)
-    return {"architectures": [ARCHITECTURE], "force_initial_latent_mode": latent.force_initial_latent_mode}
+    latent, family = LatentConfig.from_hf(config), by_config(config)
+    return {
+        "architectures": [family.latent_architecture],
+        "force_initial_latent_mode": latent.force_initial_latent_mode,
+    }
 
 
 def read_config(model: str) -> Any:

@@ -24,7 +24,8 @@ from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.vllm import overrides, read_config, with_own
 from future_l1_plugin.integrations.vllm.ahead import Ahead
 from future_l1_plugin.integrations.vllm.allocator import SLEEPS, check_allocator
-from future_l1_plugin.integrations.vllm.media import MEDIA, media_hashes
+from future_l1_plugin.integrations.vllm.media import media_hashes
+from future_l1_plugin.model.backbone import PIXEL_KEYS
 from future_l1_plugin.model.checkpoint import load_processor
 from future_l1_plugin.model.config import LatentConfig
 from future_l1_plugin.model.engine import Answer, Batch, Request
@@ -216,8 +217,8 @@ class VllmEngine:
 
     def _in_dtype(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pixels in the model's dtype, to which Qwen3-VL casts them first thing."""
-        pixels, dtype = [name for _, name, _ in MEDIA], self._llm.model_config.dtype
-        return {name: value.to(dtype) if name in pixels else value for name, value in inputs.items()}
+        dtype = self._llm.model_config.dtype
+        return {name: value.to(dtype) if name in PIXEL_KEYS else value for name, value in inputs.items()}
 
     def _request(
         self, request: Request, inputs: Mapping[str, Tensor], hashes: Mapping[str, list[str]]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 from vllm.inputs.engine import MultiModalInput, TokensInput, mm_input, tokens_input
-from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
 from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
 from future_l1_plugin.errors import ConfigError
-from future_l1_plugin.integrations.vllm.media import MEDIA, items_of, media_hashes
+from future_l1_plugin.integrations.vllm.media import items_of, media_hashes
+from future_l1_plugin.model.backbone import MEDIA, by_config, patches_per_token
 
 
 def engine_input(
@@ -22,32 +22,32 @@ def engine_input(
     Args:
         prompt_ids: every image and video placeholder written out.
         inputs: the processor's output for this one prompt; of it pixels and grids are used.
-        config: Qwen3-VL's configuration.
+        config: the model's configuration.
         hashes: `media_hashes` of these inputs. None: taken here, which reads every pixel.
 
     Raises:
         ConfigError: placeholders, pixels, grids and hashes do not agree.
     """
-    merged = config.vision_config.spatial_merge_size**2
+    merged = patches_per_token(config)
     ids = torch.tensor(prompt_ids)
     given, placeholders = {}, {}
-    for kind, pixels, grid in MEDIA:
-        where = (ids == getattr(config, f"{kind}_token_id")).nonzero().squeeze(1)
-        counts = [len(patches) // merged for patches, _ in items_of(inputs, pixels, grid)]
+    for media in MEDIA:
+        where = (ids == media.token_id(config)).nonzero().squeeze(1)
+        counts = [len(patches) // merged for patches, _ in items_of(inputs, media)]
         if len(where) != sum(counts):
             raise ConfigError(
-                f"the prompt has {len(where)} placeholders for {pixels}, the inputs bring {sum(counts)}. "
+                f"the prompt has {len(where)} placeholders for {media.pixels}, the inputs bring {sum(counts)}. "
                 "Pass ids and inputs from one call of the processor"
             )
         if counts:
-            given |= {name: torch.as_tensor(inputs[name]) for name in (pixels, grid)}
-            placeholders[kind] = [_range(kind, at) for at in where.split(counts)]
+            given |= {name: torch.as_tensor(inputs[name]) for name in (media.pixels, media.grid)}
+            placeholders[media.kind] = [_range(media.kind, at) for at in where.split(counts)]
     if not placeholders:
         return tokens_input(prompt_ids)
     hashes = media_hashes(given) if hashes is None else {kind: list(names) for kind, names in hashes.items()}
     if (have := _counts(hashes)) != (want := _counts(placeholders)):
         raise ConfigError(f"hashes: expected names for {want}, found {have}. Pass media_hashes of the same inputs")
-    fields = _create_qwen2vl_field_factory(config.vision_config.spatial_merge_size)(given)
+    fields = by_config(config).vllm.fields.load()(config.vision_config.spatial_merge_size)(given)
     items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(given), fields)
     return mm_input(prompt_ids, items, hashes, placeholders)
 

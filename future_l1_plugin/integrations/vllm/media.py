@@ -1,4 +1,4 @@
-"""What a prompt shows: which of the processor's outputs hold it, and its names in vLLM's caches. Needs no vLLM."""
+"""What a prompt shows, item by item, and its names in vLLM's caches. Needs no vLLM."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from future_l1_plugin.errors import ConfigError
-
-#: (kind, pixels, grid): names of the kind in vLLM, and of the two tensors in the processor's output.
-MEDIA = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
+from future_l1_plugin.model.backbone import MEDIA, Media
 
 
 def media_hashes(inputs: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -30,14 +28,15 @@ def media_hashes(inputs: Mapping[str, Any]) -> dict[str, list[str]]:
         ConfigError: pixels and grids do not agree.
     """
     found = {}
-    for kind, pixels, grid in MEDIA:
-        if items := items_of(inputs, pixels, grid):
-            found[kind] = [_name(kind, *item) for item in items]
+    for media in MEDIA:
+        if items := items_of(inputs, media):
+            found[media.kind] = [_name(media.kind, *item) for item in items]
     return found
 
 
-def items_of(inputs: Mapping[str, Any], pixels: str, grid: str) -> list[tuple[Tensor, Tensor]]:
+def items_of(inputs: Mapping[str, Any], media: Media) -> list[tuple[Tensor, Tensor]]:
     """(patches (P, D), grid Long (3,)) of every image or video. Raises ConfigError if they do not agree."""
+    pixels, grid = media.pixels, media.grid
     if pixels not in inputs and grid not in inputs:
         return []
     if pixels not in inputs or grid not in inputs:

@@ -26,6 +26,7 @@ from future_l1_plugin.integrations.vllm.params import REPLAY, LatentParams
 from future_l1_plugin.integrations.vllm.scheduler import LatentScheduler
 from future_l1_plugin.integrations.vllm.spans import SpanTable, write
 from future_l1_plugin.latent.policy import build_policy
+from future_l1_plugin.model.backbone import placeholder_ids
 
 _GREEDY = 1e-5  # vLLM takes temperatures below this for 0
 
@@ -59,8 +60,7 @@ class LatentModelState(DefaultModelState):
         self._params: dict[int, LatentParams] = {}
         self._replay: dict[int, tuple[list[int], Tensor]] = {}  # positions, z (k, H)
         self._numbers: dict[tuple, int] = {}  # of policies, for `_policy`
-        config = self.model_config.hf_config
-        self._media = (config.image_token_id, config.video_token_id)
+        self._media = placeholder_ids(self.model_config.hf_config)
         #: Ids from here on have an embedding but no text, and are not sampled. None: all ids have one.
         self.tokenizer_size: int | None = None
 
@@ -142,7 +142,7 @@ class LatentModelState(DefaultModelState):
             scaled[:, end_id] = -torch.inf
             others = scaled.logsumexp(-1)  # of all ids but the end marker: one pass over the vocabulary serves both
         end_logprobs = logsigmoid(end - others) if with_means else None
-        for token in self._media:  # the rope index of Qwen3-VL breaks on media placeholders in a response
+        for token in self._media:  # M-RoPE breaks on media placeholders in a response
             logits[:, token] = -torch.inf
         if self.tokenizer_size is not None:
             logits[:, self.tokenizer_size :] = -torch.inf

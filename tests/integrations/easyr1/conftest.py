@@ -32,12 +32,13 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def headed(base, tmp_path_factory):
     """The micro base with a latent head and an lm_head of its own, as Qwen3-VL-8B has one."""
-    from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
+    from future_l1_plugin.integrations.easyr1.model import latent_class
     from future_l1_plugin.model import LatentConfig
+    from future_l1_plugin.model.backbone import QWEN3_VL
     from future_l1_plugin.model.checkpoint import attach_head
 
     path = tmp_path_factory.mktemp("easyr1") / "headed"
-    model = LatentQwen3VL.from_pretrained(base, dtype=torch.float32)
+    model = latent_class(QWEN3_VL).from_pretrained(base, dtype=torch.float32)
     latent = LatentConfig.from_hf(model.config)
     latent.use_projection_head, latent.projection_head_type = True, "lvr"
     latent.to_hf(model.config)

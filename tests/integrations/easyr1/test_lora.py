@@ -18,7 +18,8 @@ from verl.workers.actor.config import LoraConfig
 from future_l1_plugin.errors import ConfigError, EnvironmentMismatch
 from future_l1_plugin.integrations.easyr1.actor import LatentActor
 from future_l1_plugin.integrations.easyr1.lora import of_one_dtype
-from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
+from future_l1_plugin.integrations.easyr1.model import latent_class
+from future_l1_plugin.model.backbone import QWEN3_VL
 from future_l1_plugin.patches import easyr1_lora
 
 from .test_actor import REFERENCE, reference_batch
@@ -102,7 +103,9 @@ def test_the_rollout_decodes_with_merged_weights(stepped):
 def test_a_checkpoint_comes_back_and_its_adapters_load_elsewhere(stepped, make, base, tmp_path):
     worker, _, _ = stepped
     worker.save_checkpoint(str(tmp_path))
-    plain = LatentQwen3VL.from_pretrained(base, dtype=torch.bfloat16).float()  # EasyR1's dtype of frozen weights
+    plain = (
+        latent_class(QWEN3_VL).from_pretrained(base, dtype=torch.bfloat16).float()
+    )  # EasyR1's dtype of frozen weights
     elsewhere = PeftModel.from_pretrained(plain, tmp_path / "lora_adapter")
     assert elsewhere.peft_config["default"].base_model_name_or_path == str(base)
     assert loss_of(worker, elsewhere) == pytest.approx(loss_of(worker, worker.fsdp_module), abs=1e-4)
@@ -128,7 +131,7 @@ def test_a_latent_head_is_trained_as_a_whole_and_an_lm_head_of_its_own_has_rows_
     worker.rollout_sharding_manager.load_vllm_and_sync_weights()
     assert loss_of(worker, worker.rollout.model) == pytest.approx(expected, abs=1e-4)
     worker.save_checkpoint(str(tmp_path))
-    plain = LatentQwen3VL.from_pretrained(headed, dtype=torch.bfloat16).float()
+    plain = latent_class(QWEN3_VL).from_pretrained(headed, dtype=torch.bfloat16).float()
     assert loss_of(worker, PeftModel.from_pretrained(plain, tmp_path / "lora_adapter")) == pytest.approx(
         expected, abs=1e-4
     )

@@ -15,10 +15,11 @@ from verl.protocol import DataProto
 from future_l1_plugin.errors import CheckpointError
 from future_l1_plugin.integrations.easyr1.actor import ROLLOUT
 from future_l1_plugin.integrations.easyr1.dataset import create_dataloaders
-from future_l1_plugin.integrations.easyr1.model import LatentQwen3VL
+from future_l1_plugin.integrations.easyr1.model import latent_class
 from future_l1_plugin.integrations.easyr1.rollout import build_model
 from future_l1_plugin.la_dapo import Tempering, latent_log_prob
 from future_l1_plugin.latent import build_policy
+from future_l1_plugin.model.backbone import QWEN3_VL
 
 pytestmark = pytest.mark.easyr1
 
@@ -118,9 +119,11 @@ def test_a_latent_head_is_loaded_and_reaches_the_rollout(base, headed, tmp_path,
     with pytest.raises(CheckpointError, match="weights are missing"):
         shutil.copytree(base, tmp_path / "headless")
         shutil.copy(headed / "config.json", tmp_path / "headless")
-        LatentQwen3VL.from_pretrained(tmp_path / "headless")
+        latent_class(QWEN3_VL).from_pretrained(tmp_path / "headless")
     worker = make_worker(make_config(f"worker.actor.model.model_path={headed}"))
     worker.rollout_sharding_manager.load_vllm_and_sync_weights()
-    expected = dict(LatentQwen3VL.from_pretrained(headed, dtype=torch.float32).projection_head.named_parameters())
+    expected = dict(
+        latent_class(QWEN3_VL).from_pretrained(headed, dtype=torch.float32).projection_head.named_parameters()
+    )
     for name, weight in worker.rollout.model.projection_head.named_parameters():
         torch.testing.assert_close(weight, expected[name])
