@@ -12,7 +12,7 @@ class AbortingServer(LatentHFServer):
     _given_up = False
 
     async def generate(self, *args, **kwargs):
-        if self._given_up or self._version != 1 or not kwargs.get("mm_inputs"):
+        if self._given_up or self._weights.version != 1 or not kwargs.get("mm_inputs"):
             return await super().generate(*args, **kwargs)
         self._given_up = True
         request = asyncio.ensure_future(super().generate(*args, **kwargs))

@@ -23,11 +23,12 @@ from future_l1_plugin.integrations.rl.rollouts import rollouts_of
 from future_l1_plugin.integrations.verl.columns import ENGINE_NUMBER, ROLLOUT
 from future_l1_plugin.integrations.verl.failures import RequestAborted
 from future_l1_plugin.integrations.verl.host import TokenOutput, copy_to_local, get_platform
-from future_l1_plugin.integrations.verl.pixels import Packed, opened, unpack
+from future_l1_plugin.integrations.verl.pixels import Packed
+from future_l1_plugin.integrations.verl.rollout_inputs import model_inputs
+from future_l1_plugin.integrations.verl.rollout_weights import ServedWeights
 from future_l1_plugin.integrations.verl.sampling import Sampling, Wave, seed_of
 from future_l1_plugin.la_dapo import LatentScoring, Rollout
 from future_l1_plugin.model import LatentConfig, generate, load
-from future_l1_plugin.model.backbone import MEDIA, MEDIA_KEYS, by_config, patches_per_token, token_types
 from future_l1_plugin.model.batch import left_padded
 
 WAVE_TIMEOUT_S = 120.0
@@ -107,13 +108,10 @@ class LatentHFServer:
         )
         self._device = device
         self._latent = LatentConfig.from_hf(self._model.config)
-        self._weights = self._model.state_dict()  # tied weights stand there twice, on the same memory
+        self._weights = ServedWeights(self._model)
         self._response_length, self._max_num_seqs = response_length, max_num_seqs
         self._wave_timeout_s, self._replica_rank = wave_timeout_s, replica_rank
         self._thread = ThreadPoolExecutor(1, "latent_hf", initializer=_prepare_thread, initargs=(threads,))
-        self._version: int | None = None  # of the weights
-        self._written: set[int] = set()  # addresses of the weights that the update under way has brought
-        self._updating = False
         self._open, self._rejecting = asyncio.Event(), False
         self._open.set()
         self._requests: dict[_Request, None] = {}  # not yet answered, in the order of arrival
@@ -168,13 +166,15 @@ class LatentHFServer:
         sampling, wave = Sampling.parse(sampling_params, self._response_length)
         if wave.absent:
             self._join_wave(None, wave, sampling)
-            return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields={"global_steps": self._version})
-        inputs = self._model_inputs(prompt_ids, mm_inputs, request_id)
+            return TokenOutput(
+                token_ids=[], stop_reason="aborted", extra_fields={"global_steps": self._weights.version}
+            )
+        inputs = model_inputs(self._model.config, prompt_ids, mm_inputs, request_id)
         while not self._open.is_set():
             if self._rejecting:
                 raise RequestAborted(f"request {request_id}: rejected, this server has stopped generation")
             await self._open.wait()
-        if self._updating:
+        if self._weights.updating:
             raise RuntimeError(
                 f"request {request_id}: the weights are half updated. Expected finish_weights to come first; if an "
                 "update failed, its error says why"
@@ -184,41 +184,6 @@ class LatentHFServer:
         request.answer.add_done_callback(lambda _: self._requests.pop(request, None))
         self._join_wave(request, wave, sampling)
         return await request.answer
-
-    def _model_inputs(
-        self, prompt_ids: Iterable[int], mm_inputs: dict[str, Tensor] | None, request_id: str
-    ) -> dict[str, Tensor]:
-        """What `left_padded` takes, checked: a mismatch within a batch could otherwise go unnoticed."""
-        config = self._model.config
-        ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
-        if ids.numel() == 0:
-            raise ConfigError(f"request {request_id}: expected a prompt of at least one token, found none")
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": token_types(ids, config),
-        }
-        given = {name: torch.as_tensor(value) for name, value in opened(mm_inputs)[0].items() if value is not None}
-        for name, expected in inputs.items():
-            if name in given and not torch.equal(given.pop(name).long(), expected):
-                raise ConfigError(
-                    f"request {request_id}: {name} of mm_inputs differs from what prompt_ids give. Expected the "
-                    "processor's output for this very prompt, neither padded nor cut"
-                )
-        if unknown := sorted(set(given) - set(MEDIA_KEYS)):
-            name = by_config(config).name
-            raise ConfigError(f"request {request_id}: mm_inputs has {', '.join(unknown)}, which {name} does not take")
-        merged = patches_per_token(config)
-        for media in MEDIA:
-            found = int((ids == media.token_id(config)).sum())
-            whole = media.pixels in given and media.grid in given
-            brought = int(given[media.grid].prod(-1).sum()) // merged if whole else 0
-            if found != brought:
-                raise ConfigError(
-                    f"request {request_id}: the prompt has {found} placeholders for {media.pixels}, mm_inputs bring "
-                    f"{brought}. Pass prompt_ids and mm_inputs from one call of the processor"
-                )
-        return inputs | given
 
     def _join_wave(self, request: _Request | None, wave: Wave, sampling: Sampling) -> None:
         group = self._waves.setdefault(wave.id, _Group(sampling, wave.size))
@@ -317,7 +282,7 @@ class LatentHFServer:
         return TokenOutput(
             token_ids=rollout.ids.tolist(),
             stop_reason="completed",
-            extra_fields={ROLLOUT: rollout, "global_steps": self._version, ENGINE_NUMBER: self._replica_rank},
+            extra_fields={ROLLOUT: rollout, "global_steps": self._weights.version, ENGINE_NUMBER: self._replica_rank},
         )
 
     # Weights -------------------------------------------------------------------------------------------------------
@@ -337,30 +302,8 @@ class LatentHFServer:
                 f"load_weights while {len(self._requests)} requests wait or are decoded: call sleep or "
                 "abort_all_requests first"
             )
-        self._updating = True
-        await self._in_thread(self._write, bucket)
-
-    def _write(self, bucket: dict[str, Tensor | Packed]) -> None:
-        bucket = {name: weight if isinstance(weight, Tensor) else unpack(*weight) for name, weight in bucket.items()}
-        unknown = [name for name in bucket if name not in self._weights]
-        shapes = [name for name in bucket if name not in unknown and bucket[name].shape != self._weights[name].shape]
-        if unknown or shapes:
-            self._written.clear()
-        if unknown:
-            raise ConfigError(
-                f"weights: the rollout's model has no {_first(unknown)}. Trainer and rollout must load the same "
-                "checkpoint; LoRA needs actor_rollout_ref.model.lora.merge=True"
-            )
-        if shapes:
-            name = shapes[0]
-            raise ConfigError(
-                f"weights: {name}: expected the shape {tuple(self._weights[name].shape)}, found "
-                f"{tuple(bucket[name].shape)}. Trainer and rollout must load the same checkpoint"
-            )
-        with torch.no_grad():
-            for name, tensor in bucket.items():
-                self._weights[name].copy_(tensor)
-                self._written.add(self._weights[name].data_ptr())
+        self._weights.updating = True
+        await self._in_thread(self._weights.write, bucket)
 
     async def finish_weights(self, global_steps: int | None = None) -> None:
         """The last bucket has come: from now on the weights count as version `global_steps`.
@@ -368,14 +311,7 @@ class LatentHFServer:
         Raises:
             ConfigError: weights of the model that no bucket brought (of tied ones one will do).
         """
-        written = self._written.copy()
-        self._written.clear()
-        missing = [name for name, weight in self._weights.items() if weight.data_ptr() not in written]
-        if missing:
-            raise ConfigError(
-                f"weights: the update brought no {_first(missing)}. Trainer and rollout must load the same checkpoint"
-            )
-        self._version, self._updating = global_steps, False
+        self._weights.finish(global_steps)
 
     # Control -------------------------------------------------------------------------------------------------------
 
@@ -453,7 +389,3 @@ def _fail(requests: list[_Request], error: Exception) -> None:
     for request in requests:
         if not request.answer.done():
             request.answer.set_exception(error)
-
-
-def _first(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
