@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from future_l1_plugin import __version__
 from future_l1_plugin.errors import UserError
@@ -52,11 +51,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    keys = latent_keys(args.set)
+    from future_l1_plugin.model import convert
+    from future_l1_plugin.model.config import keys_from_words
+
+    keys = keys_from_words(args.set)
     if args.system_prompt is not None:
         keys["system_prompt"] = args.system_prompt
-    from future_l1_plugin.model import convert
-
     out = convert(args.base, args.out, max_latent_token=args.max_latent_token, seed=args.seed, dtype=args.dtype, **keys)
     print(f"latent checkpoint: {out}")
     return 0
@@ -73,32 +73,6 @@ def _export(args: argparse.Namespace) -> int:
 
     print(f"latent checkpoint: {export(args.checkpoint, args.out, args.base)}")
     return 0
-
-
-def latent_keys(settings: Sequence[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE` settings of LatentConfig; values are JSON or plain words.
-
-    Raises:
-        ConfigError: no `=`, or a key that LatentConfig does not have or that `convert` sets by itself.
-    """
-    import json
-    from dataclasses import fields
-
-    from future_l1_plugin.errors import ConfigError
-    from future_l1_plugin.model.config import LatentConfig
-
-    own = {"latent_id", "latent_start_id", "latent_end_id", "max_latent_token", "decoder_recon"}
-    known = [f.name for f in fields(LatentConfig) if f.name not in own]
-    keys: dict[str, Any] = {}
-    for setting in settings:
-        key, sign, value = setting.partition("=")
-        if not sign or key not in known:
-            raise ConfigError(f"--set {setting}: expected KEY=VALUE with a key of {', '.join(known)}")
-        try:
-            keys[key] = json.loads(value)
-        except json.JSONDecodeError:
-            keys[key] = value
-    return keys
 
 
 def _tiny_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,10 +130,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from future_l1_plugin.data.check import check_data, show
+    from future_l1_plugin.data.check import check_data
+    from future_l1_plugin.report.check import print_check
 
     outcome = check_data(args.data, args.videos, args.out, args.workers)
-    show(outcome)
+    print_check(outcome)
     return 1 if args.strict and outcome.summary["rejected"] else 0
 
 
@@ -200,20 +175,18 @@ def _curate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _curate(args: argparse.Namespace) -> int:
-    import re
-
     from future_l1_plugin.config import load_recipe
-    from future_l1_plugin.data.curation import CurationRecipe, curate
-    from future_l1_plugin.errors import ConfigError
+    from future_l1_plugin.data.curation import curate
+    from future_l1_plugin.data.curation_answers import shard_of
+    from future_l1_plugin.data.curation_recipe import CurationRecipe
     from future_l1_plugin.report.curation import plot_curation, print_curation
 
-    if not (shard := re.fullmatch(r"(\d+)/(\d+)", args.shard)):
-        raise ConfigError(f"--shard {args.shard}: expected I/N, such as 1/8")
+    shard = shard_of(args.shard)
     recipe = load_recipe(args.recipe, CurationRecipe, args.overrides)
     vllm = None
     if recipe.rollouts.engine == "vllm":
         from future_l1_plugin.integrations.vllm.engine import VllmEngine as vllm
-    curated = curate(recipe, (int(shard[1]), int(shard[2])), args.select, vllm)
+    curated = curate(recipe, shard, args.select, vllm)
     if curated is None:
         print(f"shard {args.shard} is done. When all are: bring their *.jsonl together in {recipe.output}, --select")
         return 0
@@ -233,7 +206,7 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _judge(args: argparse.Namespace) -> int:
     from future_l1_plugin.config import load_recipe
-    from future_l1_plugin.endpoint import EndpointSettings
+    from future_l1_plugin.endpoint.settings import EndpointSettings
     from future_l1_plugin.errors import ConfigError
     from future_l1_plugin.evaluation.judging import judge_run, print_judged
 

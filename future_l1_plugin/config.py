@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.journal import atomic_write
 
 PARENT = "defaults"
 
@@ -98,16 +99,13 @@ def _to_object(recipe: DictConfig, source: str, mend: str) -> Any:
 def save_recipe(obj: Any, path: str | os.PathLike) -> None:
     """Write a recipe, every value resolved, as YAML that `load_recipe` reads back to an equal object.
 
-    Folders are created. The file appears under its name only when it is complete.
+    Folders are created. The file appears under its name only when it is complete. Raises DataError: it cannot be
+    written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(OmegaConf.to_yaml(OmegaConf.structured(obj), resolve=True), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path, alone=False) as file:  # shards of a curation share it
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(obj), resolve=True).encode())
 
 
 def _chain(path: Path) -> list[tuple[Path, DictConfig]]:

@@ -3,6 +3,8 @@
 Each message says what was expected, what was found, and what to do.
 """
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Base class: wrong input, not a bug of ours."""
@@ -30,3 +32,9 @@ class RewardError(UserError):
 
 class TrainingError(UserError):
     """A run cannot go on as it is: a loss or a gradient is not finite. What it saved before is kept."""
+
+
+def shorten(value: Any) -> str:
+    """Its `repr` for a message, the middle left out if it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"

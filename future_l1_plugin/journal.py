@@ -166,10 +166,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, alone: bool = True) -> Iterator[BinaryIO]:
     """A file to write bytes to, which appears under its name when the `with` block ends, whole and on the disk.
 
-    If the block fails, whatever stood under the name stays. What killed runs left of the same file is deleted.
+    If the block fails, whatever stood under the name stays.
+
+    Args:
+        path: its folder must exist.
+        alone: no other process writes this file now, so what killed runs left of it is deleted. False: others may, and
+            the last one's stays.
 
     Raises:
         DataError: the disk is full, or the file cannot be written.
@@ -178,7 +183,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     # In the same folder, because a rename is atomic only within one file system.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.part") if alone else ():
             left_over.unlink()
         with open(part, "wb") as file:
             yield file

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from future_l1_plugin.data import load_records, make_world
-from future_l1_plugin.data.frames import pool_indices
+from future_l1_plugin.data.frame_choice import pool_indices
 from future_l1_plugin.data.sft import IGNORED, SftCollator, SftDataset
 from future_l1_plugin.model import LatentConfig, load
 from future_l1_plugin.model.objective import OURS, TEACHER_FORCING, OwnLatents, sft_losses

@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from made import opening_checkpoint
 
 from future_l1_plugin.data.world import World
 
@@ -116,9 +116,7 @@ def test_data_commands(repository, environment, demo):
 def test_probe_commands(repository, environment, demo):
     """Those under "Do the latents matter?": few questions, and a checkpoint that opens a span first, as after two steps
     of SFT hardly one does."""
-    shutil.copytree(demo / "latent" / "final", demo / "opens")
-    config = json.loads((demo / "opens" / "config.json").read_text())
-    (demo / "opens" / "config.json").write_text(json.dumps(config | {"force_initial_latent_mode": True}))
+    opening_checkpoint(demo / "latent" / "final", demo / "opens")
     for command in commands(repository, "Do the latents matter\\?"):
         command = command.replace("outputs/demo/latent/final", f"{demo}/opens").replace("outputs/demo", str(demo))
         command = command.replace("outputs/", f"{demo}/").replace("--train 256", "--train 16")

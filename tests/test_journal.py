@@ -239,3 +239,10 @@ def test_what_a_killed_run_left_is_deleted(tmp_path):
     with atomic_write(tmp_path / "out.json") as file:
         file.write(b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.json.1.part", "out.json"]
+
+
+def test_several_may_write_one_file(tmp_path):
+    (tmp_path / ".out.json.1.part").write_bytes(b"another process is at it")
+    with atomic_write(tmp_path / "out.json", alone=False) as file:
+        file.write(b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.json.1.part", "out.json"]

@@ -11,7 +11,7 @@ PACKAGE = Path(future_l1_plugin.__file__).parent
 #: From below to above; modules of one layer may import each other.
 LAYERS = (
     {"__init__", "errors", "paths", "compat"},
-    {"journal", "config", "endpoint"},
+    {"journal", "config", "values", "endpoint"},
     {"latent"},
     {"la_dapo", "rewards", "model"},
     {"data", "resume"},

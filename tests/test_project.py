@@ -351,14 +351,16 @@ def test_user_errors_end_with_two_and_no_traceback(capsys, monkeypatch):
 
 
 def test_convert_settings():
-    assert cli.latent_keys(["latent_loss=cosine", "use_projection_head=true", "loose_latent_budget=6"]) == {
+    from future_l1_plugin.model.config import keys_from_words
+
+    assert keys_from_words(["latent_loss=cosine", "use_projection_head=true", "loose_latent_budget=6"]) == {
         "latent_loss": "cosine",
         "use_projection_head": True,
         "loose_latent_budget": 6,
     }
     for wrong in ("latent_los=mse", "latent_loss", "latent_id=3"):
         with pytest.raises(ConfigError, match="expected KEY=VALUE with a key of"):
-            cli.latent_keys([wrong])
+            keys_from_words([wrong])
 
 
 def test_tiny_and_convert_commands(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from future_l1_plugin.config import load_recipe, save_recipe
-from future_l1_plugin.data.curation import CurationRecipe
+from future_l1_plugin.data.curation_recipe import CurationRecipe
 from future_l1_plugin.integrations.sft.jobs import jobs
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 

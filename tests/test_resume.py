@@ -155,8 +155,8 @@ ADVISED = [
     ("verl", "actor_rollout_ref.rollout.max_num_seqs", 64, 32, "integrations/verl/shape.py", "rollout.max_num_seqs="),
     ("sft", "train.attn_implementation", "flash_attention_2", "sdpa", "integrations/sft/run.py",
      "train.attn_implementation"),
-    ("verl", "rewards.0.judge.cache", "a.db", "b.db", "endpoint.py", "set `cache` to another path"),
-    ("verl", "rewards.0.judge.api_key_file", None, "key", "endpoint.py", "name that as api_key_file"),
+    ("verl", "rewards.0.judge.cache", "a.db", "b.db", "endpoint/cache.py", "set `cache` to another path"),
+    ("verl", "rewards.0.judge.api_key_file", None, "key", "endpoint/settings.py", "name that as api_key_file"),
     ("easyr1", "trainer.max_try_make_batch", 10, 20, "integrations/easyr1/trainer.py", "max_try_make_batch"),
     ("easyr1", "data.max_prompt_length", 256, 2048, "integrations/easyr1/dataset.py", "max_prompt_length"),
 ]  # fmt: skip

@@ -1,7 +1,10 @@
 """Frames, TwiFF records, SFT batches and the embedded micro world."""
 
-from future_l1_plugin.data.frames import FrameCache, VideoFrames, frame_pool, read_frames, uniform_indices
-from future_l1_plugin.data.records import TwiffRecord, load_records
+from future_l1_plugin.data.frame_cache import FrameCache
+from future_l1_plugin.data.frame_choice import frame_pool, uniform_indices
+from future_l1_plugin.data.frames import VideoFrames, read_frames
+from future_l1_plugin.data.record_files import load_records
+from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.data.world import World, make_world
 
 __all__ = [

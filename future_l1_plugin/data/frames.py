@@ -1,13 +1,4 @@
-"""Which frames of a clip are used, and how they are read: one place for SFT, RL and evaluation.
-
-Three numbers must not be mixed up:
-
-* a *pool number*, 1..8, as records carry it (`image`, `reasoning_image`);
-* a *frame number*: what `frame_pool` returns, eight for a clip of V frames, by TwiFF's rule;
-* an *index*, 0..V-1, zero-based: what decoders, `uniform_indices` and `VideoFrames.indices` use.
-
-V counts the frames that a player shows. Clips cut without re-encoding (most of Panda-70M, on which TwiFF stands) begin
-with hidden frames, which only help to decode the first one shown; counting them would move every pool frame.
+"""How the frames of a clip are read, which `frame_choice` names: one place for SFT, RL and evaluation.
 
 Two decoders give the same pixels, bit for bit, in all cases the tests hold (BT.601 and BT.709, limited and full range):
 
@@ -23,89 +14,25 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from future_l1_plugin.data.container import REPLACE, check_file
+from future_l1_plugin.data.frame_choice import POOL_SIZE, pool_indices, uniform_indices
 from future_l1_plugin.errors import DataError, EnvironmentMismatch
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
-POOL_SIZE = 8
-
 Backend = Literal["auto", "decord", "pyav"]
+#: From the number of frames that a clip shows to the indices that are wanted of it.
+Choice = Callable[[int], list[int]]
 
 # Compressed packets of files up to this size are kept between counting and decoding, which saves a second pass.
 _KEEP_PACKETS_BYTES = 64 * 2**20
-_MEND = "Download or write the file again, or drop its records."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which frames
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def frame_pool(num_frames: int) -> list[int]:
-    """The eight frames of a clip that records speak about, by TwiFF's rule.
-
-    Frame 1; the middle of six intervals, whose edges are linspace(2, V-2, 7) truncated to whole numbers (an interval
-    ends one frame before its next edge, the middle is rounded down); frame V-2. Clips of fewer than 9 frames have fewer
-    intervals, and the last frame is repeated up to eight.
-
-    Args:
-        num_frames: V, the number of frames that the clip shows, at least 1.
-
-    Returns:
-        Eight frame numbers, never decreasing. V=240 gives [1, 21, 60, 99, 139, 178, 217, 238], V=10 gives [1, .., 8],
-        V=5 gives [1, 1, 2, 3, 3, 3, 3, 3], V <= 3 gives eight times 1. `pool_indices` says where they lie in the file.
-
-    Raises:
-        DataError: num_frames < 1.
-    """
-    if num_frames < 1:
-        raise DataError(f"frame_pool: a clip of {num_frames} frames has no frame to choose. {_MEND}")
-    first, last = 1, max(1, num_frames - 2)
-    intervals = min(POOL_SIZE - 2, last - first)
-    edges = np.linspace(first + 1, last, intervals + 1).astype(int).tolist() if intervals else []
-    middle = [(left + right - 1) // 2 for left, right in pairwise(edges)]
-    pool = [first, *middle, last]
-    return pool + [last] * (POOL_SIZE - len(pool))
-
-
-def pool_indices(num_frames: int) -> list[int]:
-    """Where the frames of `frame_pool` lie for a decoder, zero-based. The only place where the two are converted.
-
-    TwiFF hands its numbers to the decoder as they are, so number 1 is the second frame of the file; its published
-    pictures show that. Only a clip of one frame needs another index, 0.
-    """
-    return [min(number, num_frames - 1) for number in frame_pool(num_frames)]
-
-
-def uniform_indices(total: int, n: int) -> list[int]:
-    """Evenly spread frames for evaluation: min(n, total) zero-based indices from the first frame to the last.
-
-    `linspace(0, total-1, n)`, rounded to the nearest index, halves to the even one, as the video processor of Qwen3-VL
-    in transformers does it. One frame of many is the first.
-
-    Raises DataError if total < 1 or n < 1.
-    """
-    if total < 1:
-        raise DataError(f"uniform_indices: a clip of {total} frames has no frame to choose. {_MEND}")
-    if n < 1:
-        raise DataError(f"uniform_indices: asked for {n} frames, expected at least 1")
-    return np.linspace(0, total - 1, min(n, total)).round().astype(int).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,14 +117,6 @@ def read_frames(
     return reader(path, choose)
 
 
-def count_frames(path: str | os.PathLike, backend: Backend = "auto") -> int:
-    """Number of frames that a clip shows, without decoding where the container tells. Errors as in `read_frames`."""
-    path = os.fspath(path)
-    reader = _reader(backend)
-    check_file(path)
-    return reader(path, None)
-
-
 def _pool_choice(path: str, pool: Sequence[int], total: int) -> list[int]:
     outside = [number for number in pool if not 1 <= number <= POOL_SIZE]
     if outside or not len(pool):
@@ -221,7 +140,7 @@ def _checked(path: str, indices: Sequence[int], total: int) -> list[int]:
     return wanted
 
 
-def _reader(backend: Backend):
+def _reader(backend: Backend) -> Callable[[str, Choice], VideoFrames]:
     readers = {"pyav": ("av", _read_pyav), "decord": ("decord", _read_decord)}
     if backend not in ("auto", *readers):
         raise DataError(f"unknown video backend {backend!r}, expected auto, pyav or decord")
@@ -235,77 +154,19 @@ def _reader(backend: Backend):
     raise EnvironmentMismatch(f"no video decoder for backend={backend!r} is installed. Mend: pip install av")
 
 
-def check_file(path: str | os.PathLike) -> None:
-    """Find what decoders report badly, late or never: no file, no bytes, a file shorter than its container says.
-
-    Nothing is decoded, so this is cheap enough for every file of a large set. Raises DataError.
-    """
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such video. Check the path and the video root.")
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: not a file. A video file was expected.")
-    size = os.path.getsize(path)
-    if size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes). {_MEND}")
-    # A cut mp4 with its index in front opens, and fails only at the frames that are gone; a cut webm just is shorter.
-    with open(path, "rb") as file:
-        needed = _declared_size(file, size)
-    if needed > size:
-        raise DataError(f"{path}: the file is cut off: {size} bytes are there, it needs at least {needed}. {_MEND}")
-
-
-def _declared_size(file: BinaryIO, size: int) -> int:
-    """Bytes that the file must have by its own account; 0 where its format (or a live recording) gives none."""
-    head = file.read(64)
-    if head[:4] == b"RIFF":  # avi
-        return 8 + int.from_bytes(head[4:8], "little")
-    if head[:4] == b"\x1a\x45\xdf\xa3":  # Matroska, webm: a header element, then the Segment that holds the rest
-        header, width = _ebml_size(head, 4)
-        position = 4 + width + header
-        file.seek(position)
-        head = file.read(12)
-        segment, width = _ebml_size(head, 4)
-        return position + 4 + width + segment if head[:4] == b"\x18\x53\x80\x67" else 0
-    # mp4: a row of boxes, each with its length and kind. Rubbish after the last is harmless, so only kinds that matter
-    # are held to their length.
-    position = needed = 0
-    while position + 8 <= size:
-        file.seek(position)
-        head = file.read(16)
-        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-        if position == 0 and kind not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp"):
-            return 0  # another container: its decoder will tell
-        if length == 1:
-            length = int.from_bytes(head[8:16], "big")
-        if length < 8:  # 0 is "to the end of the file", the rest is no box
-            return needed
-        position += length
-        if kind in (b"moov", b"mdat", b"moof"):
-            needed = position
-    return needed
-
-
-def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
-    """A Matroska size field (RFC 8794, section 4): (value, bytes it takes); an unknown size is 0."""
-    if at >= len(data) or data[at] == 0:
-        return 0, 1
-    width = 9 - data[at].bit_length()
-    bits = 7 * width
-    value = int.from_bytes(data[at : at + width], "big") & ((1 << bits) - 1)
-    return (0 if value == (1 << bits) - 1 else value), width
-
-
 def _damaged(path: str, found: str) -> DataError:
-    return DataError(f"{path}: cannot be decoded ({found}). {_MEND}")
+    return DataError(f"{path}: cannot be decoded ({found}). {REPLACE}")
 
 
-def _finish(path: str, by_index: dict[int, np.ndarray], wanted: list[int], fps: float, total: int, backend: str):
+def _finish(
+    path: str, by_index: dict[int, np.ndarray], wanted: list[int], fps: float, total: int, backend: str
+) -> VideoFrames:
     frames = np.stack([by_index[index] for index in wanted])
     return VideoFrames(frames, wanted, fps, total, path, backend)
 
 
-def _read_pyav(path: str, choose) -> VideoFrames | int:
-    """Read with PyAV the frames that `choose(total)` names; with choose=None only count them."""
+def _read_pyav(path: str, choose: Choice) -> VideoFrames:
+    """Read with PyAV the frames that `choose(total)` names."""
     import av
 
     try:
@@ -327,8 +188,6 @@ def _read_pyav(path: str, choose) -> VideoFrames | int:
                 raise _damaged(path, "it shows no frame")
             if not rate:
                 raise _damaged(path, "it has no frame rate")
-            if choose is None:
-                return total
             wanted = choose(total)
         # After a full pass the decoder stands at its end; opening again is as cheap as seeking and never lands wrong.
         if packets is None:
@@ -376,8 +235,8 @@ def _decode_pyav(path: str, packets, wanted: list[int]) -> dict[int, np.ndarray]
     return out
 
 
-def _read_decord(path: str, choose) -> VideoFrames | int:
-    """Read with decord the frames that `choose(total)` names; with choose=None only count them."""
+def _read_decord(path: str, choose: Choice) -> VideoFrames:
+    """Read with decord the frames that `choose(total)` names."""
     import decord
 
     # decord raises its own error from C++ calls and RuntimeError when a file does not open.
@@ -391,8 +250,6 @@ def _read_decord(path: str, choose) -> VideoFrames | int:
                 f"{path}: begins with hidden frames, which decord counts and then confuses with shown ones. "
                 "Use backend='pyav' (pip install av), or encode the clip again."
             )
-        if choose is None:
-            return total
         wanted = choose(total)
         unique = sorted(set(wanted))
         pictures = reader.get_batch(unique).asnumpy()
@@ -402,109 +259,3 @@ def _read_decord(path: str, choose) -> VideoFrames | int:
     if not fps > 0:
         raise _damaged(path, "it has no frame rate")
     return _finish(path, dict(zip(unique, pictures, strict=True)), wanted, fps, total, "decord")
-
-
-class FrameCache:
-    """A bounded memory of `read_frames`, least recently used out first; for worlds small enough to stay in memory.
-
-    `cache.read(path, ...)` takes the arguments of `read_frames`. Results are shared: treat their arrays as read-only.
-    Files are taken to be unchanged while the cache lives. Not safe for use from several threads.
-
-    Args:
-        max_bytes: bound on the pixels kept. A clip larger than that is read each time.
-    """
-
-    def __init__(self, max_bytes: int):
-        if max_bytes < 0:
-            raise DataError(f"FrameCache: max_bytes={max_bytes}, expected 0 (keep nothing) or more")
-        self.max_bytes, self.bytes, self.hits, self.misses = max_bytes, 0, 0, 0
-        self._kept: OrderedDict[tuple, VideoFrames] = OrderedDict()
-
-    def read(
-        self,
-        path: str | os.PathLike,
-        indices: Sequence[int] | None = None,
-        num_frames: int | None = None,
-        pool: Sequence[int] | None = None,
-        backend: Backend = "auto",
-    ) -> VideoFrames:
-        """As `read_frames`."""
-        key = (
-            os.fspath(path),
-            None if indices is None else tuple(indices),
-            num_frames,
-            None if pool is None else tuple(pool),
-            backend,
-        )
-        if key in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        self.misses += 1
-        video = read_frames(path, indices, num_frames, pool, backend)
-        if video.frames.nbytes <= self.max_bytes:
-            self._kept[key] = video
-            self.bytes += video.frames.nbytes
-            while self.bytes > self.max_bytes:
-                self.bytes -= self._kept.popitem(last=False)[1].frames.nbytes
-        return video
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 18) -> None:
-    """Write an H.264 mp4 (yuv420p, one encoder thread). The same frames give the same bytes on the same machine.
-
-    The file appears under its name only when it is complete.
-
-    Args:
-        path: target; its folder must exist. An existing file is replaced.
-        frames: uint8 (N, H, W, 3), RGB, N >= 1, H and W even (yuv420p halves them for colour).
-        fps: frames per second, above 0.
-        crf: quality of libx264, 0 (lossless before the colour step) .. 51 (worst).
-
-    Raises:
-        DataError: wrong shape, dtype, fps or crf, or the folder is missing.
-        EnvironmentMismatch: PyAV is not installed.
-    """
-    path = Path(path)
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        found = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else type(frames).__name__
-        raise DataError(f"{path}: expected frames as a uint8 array (N, H, W, 3), got {found}")
-    count, height, width, _ = frames.shape
-    if count == 0 or height == 0 or width == 0:
-        raise DataError(f"{path}: nothing to write, frames have the shape {frames.shape}")
-    if height % 2 or width % 2:
-        raise DataError(
-            f"{path}: yuv420p needs even sides, got {height}x{width} (height x width). Pad or crop by one pixel."
-        )
-    if not fps > 0:
-        raise DataError(f"{path}: fps={fps}, expected a number above 0")
-    if not 0 <= crf <= 51:
-        raise DataError(f"{path}: crf={crf}, expected 0..51")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: its folder does not exist. Create {path.parent} first.")
-    try:
-        import av
-    except ImportError as error:
-        raise EnvironmentMismatch("writing videos needs PyAV. Mend: pip install av") from error
-
-    # In the same folder, because a rename is atomic only within one file system.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with av.open(str(part), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.thread_type, stream.thread_count = "NONE", 1
-            # Without mbtree: its vector code (x264 core 165) lets the state of memory shift a quantiser by a step, and
-            # one clip came out in two or three versions over 150 runs. The price is about 1.5% more bytes.
-            stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
-            for picture in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
-            container.mux(stream.encode(None))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -14,9 +14,10 @@ import av
 from PIL import Image
 from tqdm import tqdm
 
-from future_l1_plugin.data.frames import check_file, pool_indices, uniform_indices
+from future_l1_plugin.data.container import check_file
+from future_l1_plugin.data.frame_choice import pool_indices, uniform_indices
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages
-from future_l1_plugin.data.records import BadRecord
+from future_l1_plugin.data.record_files import BadRecord
 from future_l1_plugin.data.rl import Prompts, bad_prompts_error
 from future_l1_plugin.errors import DataError
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from future_l1_plugin.data.frames import FrameCache, read_frames
+from future_l1_plugin.data.frame_cache import FrameCache
+from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.records import IMAGE, TwiffRecord
 from future_l1_plugin.data.showing import (
     encode,

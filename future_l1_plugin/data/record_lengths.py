@@ -11,9 +11,10 @@ from unicodedata import normalize
 
 from tqdm import tqdm
 
-from future_l1_plugin.data.frames import pool_indices
+from future_l1_plugin.data.frame_choice import pool_indices
 from future_l1_plugin.data.lengths import ClipHeader, clip_header, picture_tokens, video_tokens
-from future_l1_plugin.data.records import BadRecord, Records, TwiffRecord
+from future_l1_plugin.data.record_files import BadRecord, Records
+from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.data.sft import SftSample, assistant_content, conversation, without_bad
 from future_l1_plugin.data.showing import question_text
 from future_l1_plugin.errors import DataError

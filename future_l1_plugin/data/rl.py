@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from future_l1_plugin.data.frames import check_file
+from future_l1_plugin.data.container import check_file
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS, FutureBenchItem, multiple_choice_prompt
 from future_l1_plugin.data.prompt import (
     ALPHABET,
@@ -37,15 +37,8 @@ from future_l1_plugin.data.prompt import (
     listed_options,
     twiff_prompt,
 )
-from future_l1_plugin.data.records import (
-    CONTROL_TOKENS,
-    IMAGE,
-    MEDIA_TOKENS,
-    BadRecord,
-    BadRecordError,
-    TwiffRecord,
-    token_fault,
-)
+from future_l1_plugin.data.record_files import BadRecord
+from future_l1_plugin.data.records import CONTROL_TOKENS, IMAGE, MEDIA_TOKENS, BadRecordError, TwiffRecord, token_fault
 from future_l1_plugin.data.sources import Row, RowFault, data_files, listed, named_fields, read_rows
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.rewards.answer import option_letter

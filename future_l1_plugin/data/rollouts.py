@@ -19,7 +19,9 @@ from PIL import Image
 
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages, encode_prompt
-from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, NoReply
+from future_l1_plugin.endpoint.client import ChatClient
+from future_l1_plugin.endpoint.errors import EndpointError, NoReply
+from future_l1_plugin.endpoint.settings import EndpointSettings
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.journal import fingerprint
 from future_l1_plugin.model.engine import Decoding, Engine, Request, named

@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from future_l1_plugin.data.frames import FrameCache, VideoFrames, check_file
-from future_l1_plugin.data.records import BadRecord, Frame, Records, TwiffRecord, text_fault
+from future_l1_plugin.data.container import check_file
+from future_l1_plugin.data.frame_cache import FrameCache
+from future_l1_plugin.data.frames import VideoFrames
+from future_l1_plugin.data.record_files import BadRecord, Records
+from future_l1_plugin.data.records import Frame, TwiffRecord, text_fault
 from future_l1_plugin.data.showing import processor_media, question_text, question_video, user_content
 from future_l1_plugin.data.sources import listed
 from future_l1_plugin.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from future_l1_plugin.data.frames import VideoFrames, pool_indices
+from future_l1_plugin.data.frame_choice import pool_indices
+from future_l1_plugin.data.frames import VideoFrames
 from future_l1_plugin.errors import DataError
 
 _FLAG = threading.Lock()  # PIL's flag is the process', and prompts are encoded in several threads

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from future_l1_plugin.data.world import VERSION, World, held_out_questions, render, sft_record
+from future_l1_plugin.data.scenes import render
+from future_l1_plugin.data.world import VERSION, World
+from future_l1_plugin.data.world_questions import held_out_questions, sft_record
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.journal import atomic_write
 

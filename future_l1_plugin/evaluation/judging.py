@@ -20,7 +20,9 @@ from statistics import correlation
 from typing import Any
 
 from future_l1_plugin.config import load_recipe
-from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, NoReply
+from future_l1_plugin.endpoint.client import ChatClient
+from future_l1_plugin.endpoint.errors import EndpointError, NoReply
+from future_l1_plugin.endpoint.settings import EndpointSettings
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.evaluation.results import read_samples, results_file
 from future_l1_plugin.evaluation.statistics import clustered_stderr

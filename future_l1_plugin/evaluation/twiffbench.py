@@ -19,9 +19,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from future_l1_plugin.data.sources import data_files, read_rows
-from future_l1_plugin.endpoint import MalformedReply, shorten
-from future_l1_plugin.errors import DataError
-from future_l1_plugin.journal import key_of
+from future_l1_plugin.endpoint.errors import MalformedReply
+from future_l1_plugin.errors import DataError, shorten
+from future_l1_plugin.journal import atomic_write, key_of
 from future_l1_plugin.rewards.answer import extract_answer
 from future_l1_plugin.rewards.judge import harmless, stated
 
@@ -147,9 +147,8 @@ def _picture(given: Any, folder: Path, pictures: Path) -> str:
         file = pictures / f"{hashlib.sha256(data).hexdigest()[:32]}.img"
         if not file.exists():
             pictures.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}.part")  # several ranks may be here at once
-            part.write_bytes(data)
-            part.replace(file)
+            with atomic_write(file, alone=False) as picture:  # several ranks may be here at once
+                picture.write(data)
     else:
         path = given.get("path") if isinstance(given, dict) else given
         if not isinstance(path, str):

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from future_l1_plugin.journal import atomic_write
+
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 
@@ -54,9 +56,8 @@ class Recorder:
         self.save()
 
     def save(self) -> None:
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self.result)))
-        part.replace(self._path)
+        with atomic_write(self._path) as file:
+            file.write(json.dumps(asdict(self.result)).encode())
 
     def add(self, figure: Figure) -> None:
         self.result.figures.append(figure)

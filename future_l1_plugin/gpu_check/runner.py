@@ -18,6 +18,7 @@ from typing import Any
 from future_l1_plugin.gpu_check import PARTS, Part
 from future_l1_plugin.gpu_check.environment import ROOT
 from future_l1_plugin.gpu_check.results import FAILED, SKIPPED, PartResult, table
+from future_l1_plugin.journal import atomic_write
 
 
 def run_part(part: Part, small: bool, limit: float, folder: Path) -> PartResult:
@@ -92,9 +93,8 @@ def run(
 
 
 def write(out: Path, found: dict[str, Any]) -> None:
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(out)
+    with atomic_write(out) as file:
+        file.write((json.dumps(found, indent=1) + "\n").encode())
 
 
 def look_around() -> dict[str, Any]:

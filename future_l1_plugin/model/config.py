@@ -1,5 +1,7 @@
 """Latent settings: extra keys of an ordinary Qwen3-VL configuration, as in the released checkpoints."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -94,3 +96,23 @@ def check_tokenizer(config: LatentConfig, tokenizer: Any, path: Any) -> None:
             "The two files come from different checkpoints: copy the tokenizer files that belong to this config, "
             "or run `future-l1 convert` on the base again."
         )
+
+
+def keys_from_words(settings: Sequence[str]) -> dict[str, Any]:
+    """Read `KEY=VALUE` settings of LatentConfig; values are JSON or plain words.
+
+    Raises:
+        ConfigError: no `=`, or a key that LatentConfig does not have or that `convert` sets by itself.
+    """
+    own = {"latent_id", "latent_start_id", "latent_end_id", "max_latent_token", "decoder_recon"}
+    known = [f.name for f in fields(LatentConfig) if f.name not in own]
+    keys: dict[str, Any] = {}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        if not sign or key not in known:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE with a key of {', '.join(known)}")
+        try:
+            keys[key] = json.loads(value)
+        except json.JSONDecodeError:
+            keys[key] = value
+    return keys

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from future_l1_plugin.data.curation import Curated, Score, class_of
+from future_l1_plugin.data.curation import Curated, class_of
+from future_l1_plugin.data.curation_answers import Score
 
 
 def print_curation(curated: Curated, output: str | Path) -> None:

@@ -3,7 +3,7 @@
     judge = build_judge({"base_url": "http://localhost:8000/v1", "model": "Qwen/Qwen3-8B", "cache": "out/judge.db"})
     reward = await judge.judge(question, reference, answer, sample_id)  # 1.0 or 0.0
 
-`endpoint.ChatClient` carries a prompt there and a usable reply back; `Judge` adds the prompt and the parser of
+`endpoint.client.ChatClient` carries a prompt there and a usable reply back; `Judge` adds the prompt and the parser of
 right-or-wrong verdicts.
 
 There is no score without a verdict. What happens when none can be had is a setting: `raise` stops the run (JudgeError),
@@ -12,20 +12,22 @@ alike (a refused key, an unknown model, a broken cache) stops the run under eith
 train on nothing, and say nothing.
 """
 
-import asyncio
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from future_l1_plugin.config import merged
-from future_l1_plugin.endpoint import ChatClient, EndpointError, EndpointSettings, MalformedReply, NoReply, shorten
-from future_l1_plugin.errors import ConfigError, DataError, UserError
+from future_l1_plugin.endpoint.client import ChatClient
+from future_l1_plugin.endpoint.errors import EndpointError, MalformedReply, NoReply
+from future_l1_plugin.endpoint.settings import EndpointSettings
+from future_l1_plugin.errors import ConfigError, DataError, UserError, shorten
+from future_l1_plugin.values import one_of
 
 ON_FAILURE = ("raise", "drop_group")
 
@@ -75,8 +77,7 @@ class JudgeSettings(EndpointSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.on_failure not in ON_FAILURE:
-            raise ConfigError(f"on_failure: expected one of {', '.join(ON_FAILURE)}, found {self.on_failure!r}")
+        one_of("on_failure", self.on_failure, ON_FAILURE)
         if absent := [name for name in PLACEHOLDERS if name not in (self.prompt or PROMPT)]:
             raise ConfigError(f"prompt: expected each of {', '.join(PLACEHOLDERS)} in it, found no {', '.join(absent)}")
 
@@ -198,38 +199,6 @@ class Judge:
             droppable = isinstance(error, NoReply) and self.settings.on_failure == "drop_group"
             kind = JudgeUnavailable if droppable else JudgeError
             raise kind(f"the judge gave no verdict: {error}", error.sample_id) from error
-
-    async def judge_many(
-        self, items: Iterable[JudgeItem | tuple[str, str, str, str]], progress: Callable[[int, int], None] | None = None
-    ) -> list[float | JudgeUnavailable]:
-        """Judge all items at once (`max_concurrency` requests at a time); results in the order of the items.
-
-        Under on_failure=drop_group an item without a verdict has its JudgeUnavailable in its place, which no arithmetic
-        takes for a score. Any other failure cancels the rest and is raised. `progress(done, total)` is called after
-        each item.
-        """
-
-        async def one(item: JudgeItem) -> float | JudgeUnavailable:
-            try:
-                return await self.judge(*item)
-            except JudgeUnavailable as error:
-                return error
-
-        tasks = [asyncio.ensure_future(one(JudgeItem(*item))) for item in items]
-        try:
-            for done, finished in enumerate(asyncio.as_completed(tasks), 1):
-                await finished
-                if progress is not None:
-                    progress(done, len(tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return [task.result() for task in tasks]
-
-    def stats(self) -> dict[str, int | float]:
-        """See ChatClient.stats."""
-        return self.client.stats()
 
     async def aclose(self) -> None:
         """See ChatClient.aclose."""

@@ -166,20 +166,10 @@ class RewardSet:
         totals = [math.fsum(entry.weight * terms[entry.name][i] for entry in self.entries) for i in range(len(samples))]
         return totals, terms
 
-    def metric_names(self) -> dict[str, list[str]]:
-        """Name of an entry -> the metrics that it makes; "total" -> that of the sum."""
-        return {
-            "total": [_PREFIX],
-            **{
-                entry.name: [f"{_PREFIX}/{entry.name}", *(f"{_PREFIX}/{entry.name}/{m}" for m in entry.term.metrics)]
-                for entry in self.entries
-            },
-        }
-
     def metrics(
         self, samples: Sequence[Sample], totals: Sequence[float], terms: Mapping[str, Sequence[float]]
     ) -> dict[str, float]:
-        """Means over samples, of any number of groups, by the names of `metric_names`.
+        """Means over samples, of any number of groups: "reward", "reward/ENTRY", "reward/ENTRY/METRIC" of a term's own.
 
         What no sample has a value for (the cosine of adjacent spans where no rollout has two) is left out.
 

@@ -22,7 +22,7 @@ from future_l1_plugin import cli
 from future_l1_plugin.data import check as check_module
 from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.check import FAULTS, check_data
-from future_l1_plugin.data.frames import write_video
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import ConfigError, DataError
 
 FINAL = ("clean.jsonl", "rejected.jsonl", "summary.json")
@@ -63,9 +63,9 @@ def faults(out):
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
-from future_l1_plugin.data import check
+from future_l1_plugin.data import check_pool
 
-real, here = check.read_frames, Path(__file__).parent
+real, here = check_pool.read_frames, Path(__file__).parent
 
 def read_frames(video, **options):
     with open(here / "decoded.txt", "a") as log:
@@ -74,7 +74,7 @@ def read_frames(video, **options):
     {act}
     return real(video, **options)
 
-check.read_frames = read_frames
+check_pool.read_frames = read_frames
 
 if __name__ == "__main__":
     from future_l1_plugin.cli import main
@@ -389,7 +389,8 @@ def test_a_process_that_dies_by_accident_costs_no_row(world, rows, tmp_path):
 
 def test_a_video_is_not_blamed_for_what_was_read_before_it(world, rows, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", rows[:9])
-    third = "check.reads = getattr(check, 'reads', 0) + 1\n    if check.reads == 3: os._exit(1)"  # of each process
+    # Of each process.
+    third = "check_pool.reads = getattr(check_pool, 'reads', 0) + 1\n    if check_pool.reads == 3: os._exit(1)"
     driver = Driver(tmp_path / "run", data, world.videos, act=third)
     driver.run()
     assert faults(driver.out) == {}

@@ -9,21 +9,22 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from http_stand_in import Handler, StandIn, no_key_no_proxy, serving
 from PIL import Image
 
 from future_l1_plugin.cli import main
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import load_records, make_world
-from future_l1_plugin.data.curation import Curation, CurationRecipe, Score, Selection, curate, select
+from future_l1_plugin.data.curation import curate, select
+from future_l1_plugin.data.curation_answers import Curation, Score
+from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
 from future_l1_plugin.data.prompt import twiff_prompt
 from future_l1_plugin.data.rollouts import Attempt, LocalAnswerer, content_of, stable_hash
-from future_l1_plugin.endpoint import EndpointError
+from future_l1_plugin.endpoint.errors import EndpointError
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError, EnvironmentMismatch
 from future_l1_plugin.model.engine import Decoding, TransformersEngine, load_any
 from future_l1_plugin.report.curation import plot_curation
@@ -43,45 +44,26 @@ def plan(number: int) -> tuple[int, int]:
     return number % (N + 1), (number * 3 + number // 5) % (N + 1)
 
 
-class Served(ThreadingHTTPServer):
+class Served(StandIn):
     """A model that knows the answers, and gives as many right ones as `plan` says; also a judge."""
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, records):
         self.truth = {record.question.split("Where")[1]: (i, record) for i, record in enumerate(records)}
         self.asked, self.judged, self.delay, self.broken = [], 0, 0.0, 0
         self.wordy = False  # right answers in other words, which no rule decides
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        super().__init__(Model)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError):  # a client that was killed
-            super().handle()
-
+class Model(Handler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         time.sleep(self.server.delay)
         with self.server.lock:
             broken, self.server.broken = self.server.broken > 0, max(0, self.server.broken - 1)
         if broken:
             return self.send(503, {"error": {"message": "away for a moment"}})
         content = body["messages"][0]["content"]
-        text = self.verdict(content) if isinstance(content, str) else self.answer(content, body)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        self.send(200, {"object": "chat.completion", "choices": [choice]})
+        self.say(self.verdict(content) if isinstance(content, str) else self.answer(content, body))
 
     def verdict(self, prompt):
         with self.server.lock:
@@ -102,23 +84,12 @@ class Handler(BaseHTTPRequestHandler):
             return f"<answer>{'indeed so' if right else 'by no means'}</answer>"
         return f"Let me see. <answer>{record.answer if right else 'nowhere'}</answer>"
 
-    def send(self, status, body):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
 
 @pytest.fixture
 def server(world, monkeypatch):
-    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    served = Served(load_records(world.sft, world.videos))
-    threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield served
-    served.shutdown()
-    served.server_close()
+    no_key_no_proxy(monkeypatch)
+    with serving(Served(load_records(world.sft, world.videos))) as served:
+        yield served
 
 
 @pytest.fixture
@@ -343,7 +314,7 @@ def test_killed_again_and_again_it_ends_as_an_unbroken_run(recipe, server, tmp_p
 
 def test_what_no_rule_decides_goes_to_the_judge_once(recipe, server, tmp_path, monkeypatch):
     server.wordy = True
-    free = "future_l1_plugin.data.curation.twiff_prompt"
+    free = "future_l1_plugin.data.curation_answers.twiff_prompt"
     monkeypatch.setattr(free, lambda *a: dataclasses.replace(twiff_prompt(*a), options=None, kind="text"))
     found = curate(recipe())
     assert found.summary["undecided_counted_wrong"] == found.summary["answers"] and server.judged == 0

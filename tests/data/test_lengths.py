@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.frames import write_video
 from future_l1_plugin.data.lengths import check_lengths, clip_header, prompt_length
 from future_l1_plugin.data.prompt import RlPrompt, encode_prompt
 from future_l1_plugin.data.rl import Prompts, load_prompts
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import DataError
 
 

@@ -8,11 +8,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.frames import write_video
 from future_l1_plugin.data.lengths import ClipHeader, clip_header
+from future_l1_plugin.data.record_files import Records, load_records
 from future_l1_plugin.data.record_lengths import RecordLengths, check_record_lengths
-from future_l1_plugin.data.records import Frame, Records, Text, TwiffRecord, load_records
+from future_l1_plugin.data.records import Frame, Text, TwiffRecord
 from future_l1_plugin.data.sft import RecordFailed, SftCollator, SftDataset, SftSample
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.model import LatentConfig
 

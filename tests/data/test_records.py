@@ -7,16 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from future_l1_plugin.data.records import (
-    CONTROL_TOKENS,
-    BadRecord,
-    BadRecordError,
-    Frame,
-    Text,
-    TwiffRecord,
-    load_records,
-    text_fault,
-)
+from future_l1_plugin.data.record_files import BadRecord, load_records
+from future_l1_plugin.data.records import CONTROL_TOKENS, BadRecordError, Frame, Text, TwiffRecord, text_fault
 from future_l1_plugin.errors import ConfigError, DataError
 
 

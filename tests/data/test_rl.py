@@ -14,13 +14,14 @@ import torch
 from PIL import Image, ImageFile
 
 from future_l1_plugin.data import FrameCache, make_world
-from future_l1_plugin.data.frames import write_video
 from future_l1_plugin.data.futurebench import load_items
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages, encode_prompt, listed_options
-from future_l1_plugin.data.records import load_records
+from future_l1_plugin.data.record_files import load_records
 from future_l1_plugin.data.rl import load_prompts
+from future_l1_plugin.data.scenes import clip, seen_clip
 from future_l1_plugin.data.sft import SftCollator, SftDataset
-from future_l1_plugin.data.world import clip, draw_question, futurebench_item, seen_clip
+from future_l1_plugin.data.video_writer import write_video
+from future_l1_plugin.data.world_questions import draw_question, futurebench_item
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder
 from future_l1_plugin.model import LatentConfig
@@ -544,7 +545,7 @@ def test_pictures_as_the_evaluation_shows_them(pictures, processor):
 
 def test_sft_and_evaluation_of_one_scene_agree_in_rl(tmp_path, processor):
     """The same scene as a TwiFF row of the whole clip and as a FutureBench item: the same ids and grids."""
-    from future_l1_plugin.data.world import sft_record
+    from future_l1_plugin.data.world_questions import sft_record
 
     question = draw_question(random.Random(5), "hop2")
     write_video(tmp_path / "whole.mp4", clip(question.scene), fps=0.5)

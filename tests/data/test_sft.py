@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
-from future_l1_plugin.data.frames import VideoFrames, write_video
-from future_l1_plugin.data.records import Frame, Records, Text, TwiffRecord
+from future_l1_plugin.data.frames import VideoFrames
+from future_l1_plugin.data.record_files import Records
+from future_l1_plugin.data.records import Frame, Text, TwiffRecord
+from future_l1_plugin.data.scenes import clip, seen_clip
 from future_l1_plugin.data.sft import IGNORED, SftCollator, SftDataset, SftSample, assistant_content, check_records
-from future_l1_plugin.data.world import clip, draw_question, futurebench_item, seen_clip, sft_record
+from future_l1_plugin.data.video_writer import write_video
+from future_l1_plugin.data.world_questions import draw_question, futurebench_item, sft_record
 from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder
 from future_l1_plugin.latent.tokens import END, LATENT, START

@@ -4,8 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +12,7 @@ import huggingface_hub.errors
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from http_stand_in import StandIn, serving
 
 from future_l1_plugin.data.sources import data_files, is_dataset, read_rows, short_names
 from future_l1_plugin.errors import DataError
@@ -154,12 +154,9 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(StandIn(FakeHub)) as server:
+        server.asked = []
+        yield server
 
 
 ASK = """

@@ -9,8 +9,9 @@ from PIL import Image
 from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
 from future_l1_plugin.data.physics import ASKS
+from future_l1_plugin.data.scenes import render
 from future_l1_plugin.data.twiff_world import make_twiffbench
-from future_l1_plugin.data.world import held_out_questions, render
+from future_l1_plugin.data.world_questions import held_out_questions
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.evaluation.twiffbench import load_items
 

@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from future_l1_plugin.data import load_records, make_world, read_frames
+from future_l1_plugin.data import load_records, make_world, read_frames, world_questions
+from future_l1_plugin.data import scenes as scenes_module
 from future_l1_plugin.data import world as world_module
 from future_l1_plugin.data.futurebench import load_items
 from future_l1_plugin.data.physics import (
@@ -29,7 +30,8 @@ from future_l1_plugin.data.physics import (
     simulate,
 )
 from future_l1_plugin.data.records import Frame, Text
-from future_l1_plugin.data.world import _balanced, clip, draw_question, futurebench_item, render, seen_clip
+from future_l1_plugin.data.scenes import clip, render, seen_clip
+from future_l1_plugin.data.world_questions import balanced_questions, draw_question, futurebench_item
 from future_l1_plugin.errors import DataError
 
 COUNTS = {"test": 32, "train": 32, "perception": 16}
@@ -249,9 +251,9 @@ def test_pool_numbers_show_the_steps(world, drawn):
 
 def seen_cell(frame: np.ndarray, colour: str) -> str | None:
     """The cell in which a decoded frame shows a colour, None if nowhere."""
-    palette = [*world_module.COLOURS.values(), (18, 18, 24), (150, 150, 150), (120, 80, 50), (70, 60, 90)]
+    palette = [*scenes_module.COLOURS.values(), (18, 18, 24), (150, 150, 150), (120, 80, 50), (70, 60, 90)]
     nearest = np.abs(frame[:, :, None].astype(int) - np.array(palette)).sum(-1).argmin(-1)
-    where = np.argwhere(nearest == list(world_module.COLOURS).index(colour))
+    where = np.argwhere(nearest == list(scenes_module.COLOURS).index(colour))
     if len(where) < 12:  # edges of other colours bleed into a few pixels
         return None
     y, x = np.median(where, axis=0) + 0.5
@@ -268,7 +270,7 @@ def test_records_say_what_the_pictures_show(world):
         question = record.question
         words = "\n".join(part.text for part in record.reasoning if isinstance(part, Text))
         *told, final = re.findall(r"\b(?:hidden|[a-d][w-z])\b", words)
-        (colour,) = [name for name in world_module.COLOURS if f"the {name} " in words]
+        (colour,) = [name for name in scenes_module.COLOURS if f"the {name} " in words]
         seen = read_frames(record.video, pool=record.image).frames
         assert [seen_cell(frame, colour) or "hidden" for frame in seen] == told, record.id
         last = (record.reasoning_image or record.image)[-1]
@@ -281,7 +283,7 @@ def test_records_say_what_the_pictures_show(world):
 def test_test_clips_hold_the_seen_steps_only(world, drawn):
     """Each clip, against the scene of its question: four steps, each held for two frames, and none of the future."""
     scenes = set()
-    questions = _balanced(random.Random("test 0"), COUNTS["test"], scenes)
+    questions = balanced_questions(random.Random("test 0"), COUNTS["test"], scenes)
     for item, question in zip(read(world.futurebench), questions, strict=True):
         scenes.add(question.scene.key)
         assert item["qa"]["Question"] == question.text
@@ -358,24 +360,24 @@ def test_train_and_test_share_no_scene(tmp_path, monkeypatch):
     monkeypatch.setattr(world_module, "futurebench_item", item)
     monkeypatch.setattr(world_module, "sft_record", record)
     monkeypatch.setattr(world_module, "write_video", lambda path, frames, fps: None)
-    monkeypatch.setattr(world_module, "render", lambda scene, step: np.zeros((2, 2, 3), np.uint8))
+    monkeypatch.setattr(scenes_module, "render", lambda scene, step: np.zeros((2, 2, 3), np.uint8))
     make_world(tmp_path, test=480, train=1600, progress=False)
     assert len(keys["test"]) == len(set(keys["test"])) == 480
     assert not set(keys["test"]) & set(keys["train"])
-    unlimited = [q.scene.key for q in _balanced(random.Random("train 0"), 1600, set())]
+    unlimited = [q.scene.key for q in balanced_questions(random.Random("train 0"), 1600, set())]
     assert len(set(unlimited) & set(keys["test"])) > 20  # without the split they would have met
 
 
 def test_too_many_test_questions_are_an_error_and_no_endless_loop(monkeypatch):
-    monkeypatch.setattr(world_module, "_TRIES", 300)
-    everything = {q.scene.key for q in _balanced(random.Random(0), 16, set())}
+    monkeypatch.setattr(world_questions, "_TRIES", 300)
+    everything = {q.scene.key for q in balanced_questions(random.Random(0), 16, set())}
 
     class All(set):
         def __contains__(self, key):
             return True
 
     with pytest.raises(DataError, match="fewer test questions"):
-        list(_balanced(random.Random(0), 16, All(everything)))
+        list(balanced_questions(random.Random(0), 16, All(everything)))
 
 
 # ---- seeds, kept and broken-off worlds ------------------------------------------------------------------------------
@@ -455,10 +457,10 @@ def exam():
     """1,000 test questions as in a world, and 3,200 others to learn from, as `make_world` draws them; no videos."""
     scenes = set()
     test = []
-    for question in _balanced(random.Random("test 0"), 1008, scenes):
+    for question in balanced_questions(random.Random("test 0"), 1008, scenes):
         scenes.add(question.scene.key)
         test.append(question)
-    return test[:1000], list(_balanced(random.Random("train 0"), 3200, scenes))
+    return test[:1000], list(balanced_questions(random.Random("train 0"), 3200, scenes))
 
 
 def accuracy(questions, guess) -> float:
@@ -477,7 +479,7 @@ def text_of(question) -> str:
     pairs = [f"{letter}{option}" for letter, option in qa["Options"].items()]
     return " ".join(
         [*words, *qa["Options"].values(), *pairs, *(f"{item['question_type']}{p}" for p in pairs)]
-        + [f"{w}{p}" for w in words if w in {*world_module.COLOURS, *world_module.SHAPES} for p in pairs]
+        + [f"{w}{p}" for w in words if w in {*scenes_module.COLOURS, *scenes_module.SHAPES} for p in pairs]
     )
 
 

@@ -3,13 +3,12 @@
 import importlib.util
 import json
 import math
-import threading
 import time
 from dataclasses import asdict
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_stand_in import StandIn, no_key_no_proxy, serving
 
 from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
@@ -66,8 +65,7 @@ def run(items, tmp_path) -> Path:
 @pytest.fixture
 def server(micro_judge, monkeypatch):
     """The micro judge. `server.fault(number, prompt)` names the method that answers a request in place of its rules."""
-    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    no_key_no_proxy(monkeypatch)
 
     class Handler(micro_judge.Handler):
         def reply(self, body):
@@ -117,24 +115,9 @@ def server(micro_judge, monkeypatch):
             scores = micro_judge.judge("".join(part.get("text", "") for part in body["messages"][0]["content"]))
             self.say(json.dumps({"cot": scores["cot"] / 2, "answer": 5 - scores["answer"]}))
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 128
-
-        def handle_error(self, request, client_address):
-            """A client that gave up, which some tests want."""
-
-    served = Server(("127.0.0.1", 0), Handler)
-    served.lock, served.requests, served.fault = threading.Lock(), [], lambda number, prompt: None
-    served.released = threading.Event()
-    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield served
-    served.released.set()
-    served.shutdown()
-    served.server_close()
-    thread.join(20)
+    with serving(StandIn(Handler)) as served:
+        served.requests, served.fault = [], lambda number, prompt: None
+        yield served
 
 
 @pytest.fixture
@@ -143,8 +126,7 @@ def yaml(server, tmp_path):
 
     def write(model: str = "m", **settings) -> str:
         file = tmp_path / f"{model}.yaml"
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        file.write_text(json.dumps({"base_url": url, "model": model, **QUICK, **settings}))
+        file.write_text(json.dumps({"base_url": server.url, "model": model, **QUICK, **settings}))
         return str(file)
 
     return write

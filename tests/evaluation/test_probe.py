@@ -1,10 +1,10 @@
 """What replaces latents, what was recorded of them, and the whole probe through its command and lmms-eval itself."""
 
 import json
-import shutil
 
 import pytest
 import torch
+from made import opening_checkpoint
 
 from future_l1_plugin import cli
 from future_l1_plugin.data import load_records, make_world
@@ -29,7 +29,7 @@ from future_l1_plugin.latent.tokens import END, LATENT, START, LatentTokens
 from future_l1_plugin.model import LatentConfig, load
 from future_l1_plugin.model.engine import Answer, TransformersEngine
 from future_l1_plugin.model.objective import latent_targets
-from future_l1_plugin.model.tiny import copy_micro_base
+from future_l1_plugin.model.tiny import MICRO_BASE, copy_micro_base
 from future_l1_plugin.paths import lmms_tasks_dir
 
 TOKENS = LatentTokens(7, 8, 9)
@@ -167,12 +167,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The micro base, made to begin each response with a latent span of at most 3."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "micro"
-    copy_micro_base(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"force_initial_latent_mode": True, "loose_latent_budget": 3}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return opening_checkpoint(MICRO_BASE, tmp_path_factory.mktemp("checkpoint") / "micro", loose_latent_budget=3)
 
 
 def test_retrieval_finds_frames_where_they_are(world, checkpoint, monkeypatch):
@@ -279,10 +274,7 @@ def test_probe_through_lmms_eval(benchmark, world, checkpoint, tmp_path, monkeyp
 
 
 def test_what_cannot_be_probed(benchmark, checkpoint, tmp_path, capsys):
-    plain = tmp_path / "plain"
-    shutil.copytree(checkpoint, plain)
-    config = json.loads((plain / "config.json").read_text()) | {"force_initial_latent_mode": False}
-    (plain / "config.json").write_text(json.dumps(config))
+    plain = copy_micro_base(tmp_path / "plain")
     command = [
         "probe",
         "--model",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from future_l1_plugin.data.showing import user_content
-from future_l1_plugin.endpoint import MalformedReply
+from future_l1_plugin.endpoint.errors import MalformedReply
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.evaluation.twiffbench import (
     NO_ANSWER,

@@ -18,6 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from made import opening_checkpoint
 from PIL import Image
 
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS
@@ -87,13 +88,7 @@ def benchmark(videos, tmp_path, monkeypatch) -> Path:
 def checkpoint(tiny_path, tmp_path_factory) -> Path:
     """The tiny checkpoint, made to begin each response with a latent span of at most 3."""
     folder = tmp_path_factory.mktemp("checkpoint") / "begins-latent"
-    folder.mkdir()
-    for file in tiny_path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"force_initial_latent_mode": True, "loose_latent_budget": 3}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return opening_checkpoint(tiny_path, folder, loose_latent_budget=3)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.records import load_records
+from future_l1_plugin.data.record_files import load_records
 from future_l1_plugin.data.sft import SftCollator, SftDataset
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.sft import evaluation as module

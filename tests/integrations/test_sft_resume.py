@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.records import Records, TwiffRecord
+from future_l1_plugin.data.record_files import Records
+from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.errors import TrainingError
 from future_l1_plugin.integrations.hf_trainer.trainer import LatentSftTrainer
 from future_l1_plugin.integrations.sft import fit, trainer
@@ -131,7 +132,8 @@ TWO = """
 import sys, torch
 from types import SimpleNamespace
 from accelerate import Accelerator
-from future_l1_plugin.data.records import Records, TwiffRecord
+from future_l1_plugin.data.record_files import Records
+from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.errors import TrainingError
 from future_l1_plugin.integrations.sft.finite import FiniteWatch
 accelerator = Accelerator(cpu=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from future_l1_plugin.data import frames, make_world
+from future_l1_plugin.data import frame_cache, make_world
 from future_l1_plugin.data.prompt import RlPrompt, encode_prompt
 from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.errors import ConfigError, DataError
@@ -251,8 +251,8 @@ def test_encode_gives_what_the_prompt_gives(world, mixed, processor):
 
 
 def test_rollouts_of_a_prompt_decode_its_clip_once(mixed, processor, monkeypatch):
-    calls, read = [], frames.read_frames
-    monkeypatch.setattr(frames, "read_frames", lambda *args: calls.append(args) or read(*args))
+    calls, read = [], frame_cache.read_frames
+    monkeypatch.setattr(frame_cache, "read_frames", lambda *args: calls.append(args) or read(*args))
     barrier = threading.Barrier(8)
 
     def rollout(_):

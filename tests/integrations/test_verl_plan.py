@@ -12,6 +12,7 @@ pytest.importorskip("verl")
 from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
 from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.integrations.verl.compose import compose
 from future_l1_plugin.integrations.verl.memory import (
     ASLEEP,
     GIB,
@@ -27,7 +28,7 @@ from future_l1_plugin.integrations.verl.memory import (
     phases,
     resident,
 )
-from future_l1_plugin.integrations.verl.plan import compose, make_plan
+from future_l1_plugin.integrations.verl.plan import make_plan
 from future_l1_plugin.integrations.verl.settings import Settings
 from future_l1_plugin.paths import recipes_dir
 

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from made import picture
 
 pytest.importorskip("verl")
 
@@ -68,10 +69,6 @@ def server(path):
 @pytest.fixture(scope="module")
 def processor(path):
     return load(path)[1]
-
-
-def picture(seed, height=64, width=64):
-    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
 def prompt(processor, text, images=(), video=None):

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from made import picture
 from PIL import Image
 
 from future_l1_plugin.errors import ConfigError
@@ -114,10 +115,6 @@ def engine(vllm, path):
         assert llm.llm_engine.engine_core.engine_core.batch_queue_size == 2
         yield SimpleNamespace(llm=llm, seen=seen)
         llm.llm_engine.engine_core.shutdown()
-
-
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
 def rows():

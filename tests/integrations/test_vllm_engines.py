@@ -13,7 +13,8 @@ import pytest
 
 from future_l1_plugin.config import load_recipe
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.curation import Curation, CurationRecipe
+from future_l1_plugin.data.curation_answers import Curation
+from future_l1_plugin.data.curation_recipe import CurationRecipe
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.vllm.engine import VllmEngine
 from future_l1_plugin.model import convert, load, save

@@ -1,18 +1,17 @@
 """`future-l1 generate` through the command line: streamed text, spans as markers, and errors that end with code 2."""
 
 import io
-import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
+from made import opening_checkpoint
 from PIL import Image
 
 from future_l1_plugin.cli import main
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.frames import write_video
+from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.integrations.chat import SpanStreamer, answer
 from future_l1_plugin.latent import LatentTokens
@@ -30,11 +29,7 @@ def video(tmp_path_factory):
 @pytest.fixture(scope="module")
 def spanning(tiny_path, tmp_path_factory):
     """The tiny checkpoint, told to open each response with a span of exactly 4 latents."""
-    path = shutil.copytree(tiny_path, tmp_path_factory.mktemp("spanning") / "tiny")
-    config = json.loads((path / "config.json").read_text())
-    config |= {"force_initial_latent_mode": True, "fixed_latent_budget": True}
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+    return opening_checkpoint(tiny_path, tmp_path_factory.mktemp("spanning") / "tiny", fixed_latent_budget=True)
 
 
 @pytest.fixture()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from made import picture
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
@@ -64,10 +65,6 @@ def loaded(tiny_path):
         else:
             return model, processor
     raise AssertionError("no head of 30 lets spans end both ways: nudge the model otherwise")
-
-
-def picture(seed, height=64, width=64):
-    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
 def prompts(processor, rows):

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.records import Frame, load_records
+from future_l1_plugin.data.record_files import load_records
+from future_l1_plugin.data.records import Frame
 from future_l1_plugin.data.sft import IGNORED, SftCollator, SftDataset
 from future_l1_plugin.latent.channel import HEAD_NAME
 from future_l1_plugin.latent.heads import build_head

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from future_l1_plugin.data import make_world
-from future_l1_plugin.data.records import load_records
+from future_l1_plugin.data.record_files import load_records
 from future_l1_plugin.data.sft import SftCollator, SftDataset
 from future_l1_plugin.model import LatentConfig, load
 from future_l1_plugin.model.objective import TEACHER_FORCING, OwnLatents, sft_losses

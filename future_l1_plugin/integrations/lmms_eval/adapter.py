@@ -10,7 +10,6 @@ finished run that is repeated loads nothing.
 Not supported (an error says so): log-likelihood tasks, multi-round tasks, audio, clips cut by start and end time.
 """
 
-import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -32,15 +31,7 @@ from future_l1_plugin.integrations.lmms_eval.engines import describe_engine, vll
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
 from future_l1_plugin.integrations.lmms_eval.provenance import announce
 from future_l1_plugin.integrations.lmms_eval.rows import KeyedInstance, result_of, row_of
-from future_l1_plugin.integrations.lmms_eval.settings import (
-    Generation,
-    check_engine,
-    flag,
-    json_object,
-    one_of,
-    positive,
-    whole,
-)
+from future_l1_plugin.integrations.lmms_eval.settings import Arguments, Generation
 from future_l1_plugin.journal import Journal, checkpoint_mark, fingerprint, key_of
 from future_l1_plugin.latent import build_policy
 from future_l1_plugin.model import LatentConfig, chat_template, load
@@ -48,35 +39,13 @@ from future_l1_plugin.model.checkpoint import load_processor
 from future_l1_plugin.model.engine import Answer, Engine, Request, TransformersEngine, named
 from future_l1_plugin.model.training import check_whole, sources
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN = 10  # bad samples that an error lists
 
 
 class FutureL1(lmms):
     """Latent Qwen3-VL under lmms-eval.
 
-    Args (of --model_args; --batch_size and --device may be used as well):
-        pretrained: folder or hub id of a latent checkpoint.
-        engine: hf (transformers, in this process) | vllm.
-        device: default cuda if there is one, else cpu. Under `accelerate launch` each rank has its own. Engine hf only.
-        dtype: auto (the checkpoint's) | float32 | bfloat16 | float16.
-        batch_size: prompts decoded together. Engine hf only; vLLM makes batches of its own.
-        vllm_args: a JSON object of vLLM's own arguments: tensor_parallel_size, gpu_memory_utilization, max_model_len ..
-        max_num_frames: frames of a video, evenly spread; a shorter clip gives all it has (paper: 32).
-        min_pixels, max_pixels: bounds for an image and for a frame of a video. Default: the settings of the
-            checkpoint's processor (which for a video bound all its frames together).
-        system_prompt: text, or a file that holds it; empty = none. Default: the one in the checkpoint's chat template;
-            `convert` puts `future_l1_plugin.model.SYSTEM_PROMPT` there.
-        policy: how latents are drawn around mu, a name of `build_policy`; policy_kwargs: a JSON object for it.
-        max_latent_token, fixed_latent_budget, loose_latent_budget, infer_latent_multiplier: replace those of the
-            checkpoint.
-        attn_implementation: of transformers. Engine hf only.
-        responses: JSONL that responses are appended to after every batch, and read from at the start. A response is
-            used again only for the same checkpoint files, messages, media, settings and document. Default:
-            outputs/lmms_eval/NAME-HASH.jsonl, one file for each checkpoint path.
-        resume: False generates everything anew (and appends it).
-        skip_bad: True gives a sample with unreadable media an empty response. Otherwise the run fails after the good
-            samples and lists the bad ones.
+    Arguments: see `settings.Arguments`.
 
     Raises:
         ConfigError: unknown or bad argument. CheckpointError: no latent checkpoint. EnvironmentMismatch: no vLLM.
@@ -84,82 +53,40 @@ class FutureL1(lmms):
 
     is_simple = False
 
-    def __init__(
-        self,
-        pretrained: str,
-        engine: str = "hf",
-        device: str | None = None,
-        dtype: str = "auto",
-        batch_size: int | str = 1,
-        max_num_frames: int = 32,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        system_prompt: str | None = None,
-        policy: str = "deterministic",
-        policy_kwargs: str | None = None,
-        max_latent_token: int | None = None,
-        fixed_latent_budget: bool | None = None,
-        loose_latent_budget: int | None = None,
-        infer_latent_multiplier: float | None = None,
-        attn_implementation: str | None = None,
-        vllm_args: str | None = None,
-        responses: str | None = None,
-        resume: bool = True,
-        skip_bad: bool = False,
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, pretrained: str, **given: Any) -> None:
         super().__init__()
-        if unknown:
-            known = [name for name in inspect.signature(FutureL1).parameters if name != "unknown"]
-            raise ConfigError(f"model_args of future_l1: unknown {sorted(unknown)}; known are {', '.join(known)}")
-        of_one_engine = {"device": device, "batch_size": batch_size, "vllm_args": vllm_args}
-        check_engine(engine, of_one_engine | {"attn_implementation": attn_implementation})
-        self.pretrained, self.engine_name = str(pretrained), engine
-        self.dtype = one_of("dtype", dtype, DTYPES)
-        self.batch_size = whole("batch_size", batch_size)
-        self._view = {
-            "max_num_frames": whole("max_num_frames", max_num_frames),
-            "min_pixels": whole("min_pixels", min_pixels),
-            "max_pixels": whole("max_pixels", max_pixels),
-        }
-        if None not in (min_pixels, max_pixels) and self._view["min_pixels"] > self._view["max_pixels"]:
-            raise ConfigError(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
-        self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
-        self.attn_implementation = attn_implementation
-        budget = {
-            "max_latent_token": whole("max_latent_token", max_latent_token),
-            "fixed_latent_budget": flag("fixed_latent_budget", fixed_latent_budget),
-            "loose_latent_budget": whole("loose_latent_budget", loose_latent_budget),
-            "infer_latent_multiplier": positive("infer_latent_multiplier", infer_latent_multiplier),
-        }
-        self._budget = {key: value for key, value in budget.items() if value is not None}
-        policy_kwargs = json_object("policy_kwargs", policy_kwargs)
-        self.policy = build_policy(policy, **policy_kwargs)
-        self._random_latents = policy != "deterministic"
-        self._resume, self._skip_bad = flag("resume", resume), flag("skip_bad", skip_bad)
+        args = Arguments.from_given({"pretrained": pretrained, **given})
+        self.pretrained, self.engine_name = args.pretrained, args.engine
+        self.dtype, self.batch_size = args.dtype, args.batch_size
+        self.attn_implementation = args.attn_implementation
+        self.system_prompt = None if args.system_prompt is None else self._resolve_system_prompt(args.system_prompt)
+        self.policy = build_policy(args.policy, **args.policy_kwargs)
+        self._random_latents = args.policy != "deterministic"
+        self._view, self._budget = args.view, args.budget
+        self._resume, self._skip_bad = args.resume, args.skip_bad
 
         self.accelerator = Accelerator()
         # As lmms-eval counts them: of two processes without a GPU accelerate believes that each is alone.
         shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if shared else 0
         self._world_size = torch.distributed.get_world_size() if shared else 1
-        self._device = self._choose_device(device)
+        self._device = self._choose_device(args.device)
         self._latent, commit = self._checked_config()
-        self._engine = self._choose_engine({"name": policy, **policy_kwargs}, json_object("vllm_args", vllm_args))
+        self._engine = self._choose_engine({"name": args.policy, **args.policy_kwargs}, args.vllm_args)
         self._identity = {
             "checkpoint": [self.pretrained, commit, *checkpoint_mark(self.pretrained)],
             "dtype": self.dtype,
-            "attention": attn_implementation,
+            "attention": self.attn_implementation,
             "view": self._view,
             "system_prompt": self.system_prompt,
-            "policy": [policy, policy_kwargs],
+            "policy": [args.policy, args.policy_kwargs],
             "budget": self._budget,
         }
-        if engine != "hf":  # whose stored responses are older than the choice
+        if args.engine != "hf":  # whose stored responses are older than the choice
             self._identity["engine"] = describe_engine(self._engine)
         path = Path(self.pretrained).resolve() if Path(self.pretrained).exists() else Path(self.pretrained)
         default = Path("outputs/lmms_eval") / f"{path.name}-{key_of(str(path))[:8]}.jsonl"
-        self._log = Journal(responses or default, self._rank)
+        self._log = Journal(args.responses or default, self._rank)
         announce(self.describe)
 
     @classmethod

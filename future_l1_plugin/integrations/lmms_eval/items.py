@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from future_l1_plugin.journal import atomic_write
 
 
 def items_folder() -> Path:
@@ -21,7 +22,6 @@ def store_items(task: str, docs: Iterable[dict[str, Any]]) -> Path:
     target = items_folder() / f"{task}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")  # several ranks may be here at once
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        with atomic_write(target, alone=False) as file:  # several ranks may be here at once
+            file.write(text.encode())
     return target

@@ -1,6 +1,6 @@
 """Which prompts can be rewarded at all."""
 
-from future_l1_plugin.data.records import BadRecord
+from future_l1_plugin.data.record_files import BadRecord
 from future_l1_plugin.data.rl import Prompts
 from future_l1_plugin.errors import DataError
 from future_l1_plugin.rewards import RewardSet

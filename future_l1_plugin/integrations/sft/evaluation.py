@@ -19,8 +19,9 @@ import torch
 from transformers import TrainerCallback
 
 from future_l1_plugin.data.prompt import encode_prompt, twiff_prompt
+from future_l1_plugin.data.record_files import Records, load_records
 from future_l1_plugin.data.record_lengths import RecordLengths, check_record_lengths
-from future_l1_plugin.data.records import Records, TwiffRecord, load_records
+from future_l1_plugin.data.records import TwiffRecord
 from future_l1_plugin.data.sft import SftDataset, check_records
 from future_l1_plugin.integrations.sft.recipe import SftRecipe
 from future_l1_plugin.latent.spans import spans_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from future_l1_plugin.data.records import BadRecord
+from future_l1_plugin.data.record_files import BadRecord
 from future_l1_plugin.data.sft import RecordFailed, too_many_failed
 
 _NAME = "FailedRecords"  # in the state of a checkpoint

@@ -69,7 +69,7 @@ def _commands(job: Job, columns: list[int], gpus: int, nodes: Nodes) -> str:
 
 
 def _steps(recipe: SftRecipe, columns: list[int]) -> str:
-    from future_l1_plugin.data.records import load_records
+    from future_l1_plugin.data.record_files import load_records
 
     try:
         data = load_records(recipe.data.records, video_root=recipe.data.videos or None, on_bad=recipe.data.on_bad)

@@ -11,6 +11,7 @@ from typing import Any
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.sft.deepspeed import NAMES, NO_FSDP
 from future_l1_plugin.model.config import LOSSES
+from future_l1_plugin.values import at_least, one_of
 
 
 @dataclass
@@ -147,11 +148,11 @@ class SftRecipe:
     sweep: SweepRecipe = field(default_factory=SweepRecipe)
 
     def __post_init__(self) -> None:
-        _one_of("data.on_bad", self.data.on_bad, ("raise", "skip"))
-        _one_of("data.question_media", self.data.question_media, ("images", "video"))
-        _one_of("train.precision", self.train.precision, ("auto", "bf16", "fp32"))
+        one_of("data.on_bad", self.data.on_bad, ("raise", "skip"))
+        one_of("data.question_media", self.data.question_media, ("images", "video"))
+        one_of("train.precision", self.train.precision, ("auto", "bf16", "fp32"))
         if self.latent.loss is not None:
-            _one_of("latent.loss", self.latent.loss, LOSSES)
+            one_of("latent.loss", self.latent.loss, LOSSES)
         if not 0 <= self.latent.own_share <= 1:
             raise ConfigError(f"latent.own_share: expected a share of the samples, 0..1, found {self.latent.own_share}")
         cosine = self.latent.own_mean_cosine
@@ -167,10 +168,9 @@ class SftRecipe:
         )
         for section, name, keys in least_one:
             for key in keys:
-                if getattr(section, key) is not None and getattr(section, key) < 1:
-                    raise ConfigError(f"{name}.{key}: expected at least 1, found {getattr(section, key)}")
-        if self.eval.prompts < 0:
-            raise ConfigError(f"eval.prompts: expected at least 0, found {self.eval.prompts}")
+                if (value := getattr(section, key)) is not None:
+                    at_least(f"{name}.{key}", value, 1)
+        at_least("eval.prompts", self.eval.prompts, 0)
         for key in ("videos", "patience"):
             if getattr(self.eval, key) is not None and self.eval.records is None:
                 raise ConfigError(f"eval.{key}: has no effect without held-out records. Set eval.records as well")
@@ -249,8 +249,3 @@ class SftRecipe:
                 f"{self.train.micro_batch_size} x {devices} devices; change one of them"
             )
         return self.train.batch_size // a_pass
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, found {value!r}")

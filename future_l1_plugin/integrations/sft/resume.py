@@ -15,7 +15,8 @@ from future_l1_plugin.resume import Found, Inputs, check, delete, flat, newest_w
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from future_l1_plugin.data.records import Records, TwiffRecord
+    from future_l1_plugin.data.record_files import Records
+    from future_l1_plugin.data.records import TwiffRecord
 
 _WAY_OUT = "Or name another output, or train anew with log.resume=false."
 _LENGTH = ("epochs", "max_steps")
@@ -69,7 +70,7 @@ class Start:
 
         So a limit that was raised, or a clip that broke since, moves no other record.
         """
-        from future_l1_plugin.data.records import Records
+        from future_l1_plugin.data.record_files import Records
 
         known = {record.id: record for record in data}
         ids = self._before.used["ids"] if self.newest is not None and self._before is not None else None

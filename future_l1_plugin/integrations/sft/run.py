@@ -18,8 +18,8 @@ from future_l1_plugin.integrations.sft.recipe import LatentRecipe, SftRecipe
 from future_l1_plugin.integrations.sft.resume import Start
 
 if TYPE_CHECKING:
+    from future_l1_plugin.data.record_files import Records
     from future_l1_plugin.data.record_lengths import RecordLengths
-    from future_l1_plugin.data.records import Records
 
 
 def run(recipe: SftRecipe) -> Path:
@@ -134,8 +134,8 @@ def _records(recipe: SftRecipe, lengths: "RecordLengths", start: Start) -> "Reco
 
     Raises DataError: bad records under `on_bad: raise`, or no good one.
     """
+    from future_l1_plugin.data.record_files import load_records
     from future_l1_plugin.data.record_lengths import check_record_lengths
-    from future_l1_plugin.data.records import load_records
     from future_l1_plugin.data.sft import check_records
 
     data = load_records(recipe.data.records, video_root=recipe.data.videos or None, on_bad=recipe.data.on_bad)

@@ -26,7 +26,8 @@ from omegaconf.errors import ConfigKeyError
 from torch.utils.data import Dataset
 
 from future_l1_plugin.config import from_mapping
-from future_l1_plugin.data.frames import FrameCache, VideoFrames
+from future_l1_plugin.data.frame_cache import FrameCache
+from future_l1_plugin.data.frames import VideoFrames
 from future_l1_plugin.data.lengths import check_lengths, too_long
 from future_l1_plugin.data.prompt import EncodedPrompt, RlPrompt, chat_messages, encode_prompt
 from future_l1_plugin.data.rl import load_prompts

@@ -6,21 +6,15 @@
 Whoever asks brings the prompt and the function that reads a reply: the judge of rewards (`rewards.judge`) and the
 rollouts of curation do.
 
-The key: the content of `api_key_file`, else OPENAI_API_KEY, which the openai client reads itself. A server other than
-OpenAI's usually wants none; without a key the placeholder "none" is sent there, because the client insists on one.
-
 No torch; `openai` is imported with the first request.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
-import sqlite3
 import threading
 import time
 import weakref
@@ -28,67 +22,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
-from future_l1_plugin.errors import ConfigError, UserError
+from future_l1_plugin.endpoint.cache import ReplyCache
+from future_l1_plugin.endpoint.errors import EndpointError, MalformedReply, NoReply
+from future_l1_plugin.endpoint.settings import MISSING, EndpointSettings, find_key
+from future_l1_plugin.errors import ConfigError, shorten
 
 T = TypeVar("T")
-
-MISSING = "???"
-#: Sent as key to a server that is not OpenAI's when no key is given.
-NO_KEY = "none"
-#: Seconds that one process waits for another's write to the cache.
-CACHE_BUSY_S = 30.0
-
-
-class EndpointError(UserError):
-    """No reply, for a reason that every sample meets alike, such as a refused key. `sample_id`: what was asked."""
-
-    def __init__(self, message: str, sample_id: str | None = None) -> None:
-        super().__init__(message)
-        self.sample_id = sample_id
-
-
-class NoReply(EndpointError):
-    """No usable reply for `sample_id`; other samples may get one."""
-
-
-class MalformedReply(ValueError):
-    """The endpoint replied, but not with what can be read. Raised by readers of replies; leads to a retry."""
-
-
-@dataclasses.dataclass
-class EndpointSettings:
-    """Where the endpoint is and how it is asked. Usable as a section of a recipe."""
-
-    base_url: str = "https://api.openai.com/v1"
-    model: str = MISSING
-    api_key_file: str | None = None  # a file that holds the key and nothing else; see the module's docstring
-    timeout_s: float = 60.0  # for one request, from connecting to the last byte of the reply
-    max_concurrency: int = 16  # requests at a time in one event loop (a process usually runs one)
-    max_retries: int = 5  # further requests after a failed one
-    backoff_s: float = 1.0  # wait before the first retry; doubles with each, minus up to half of it at random
-    max_backoff_s: float = 120.0  # the longest wait; a server that asks for a longer one counts as unavailable
-    temperature: float | None = 0.0  # null = not sent, for models that refuse it
-    max_tokens: int | None = 1024  # of the reply, thoughts included; null = not sent
-    cache: str | None = None  # SQLite file of replies, made if absent; processes may share it; null = no cache
-
-    def __post_init__(self) -> None:
-        try:
-            url = urlsplit(self.base_url)
-            usable = url.scheme in ("http", "https") and url.hostname
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ConfigError(f"base_url: expected a URL such as http://localhost:8000/v1, found {self.base_url!r}")
-        for name, least in (("max_concurrency", 1), ("max_retries", 0), ("max_tokens", 1), ("temperature", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"{name}: expected at least {least}, found {value!r}")
-        for name in ("timeout_s", "backoff_s", "max_backoff_s"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}: expected seconds above 0, found {value!r}")
 
 
 class _Retry(Exception):
@@ -148,18 +88,11 @@ class ChatClient:
         if settings.model in (MISSING, ""):
             raise ConfigError("model must be given: the name under which the endpoint serves it")
         self.settings = settings
-        self._key, self._key_source = _find_key(settings)
-        self._cache = _ReplyCache(Path(settings.cache).expanduser()) if settings.cache else None
+        self._key, self._key_source = find_key(settings)
+        self._cache = ReplyCache(Path(settings.cache).expanduser()) if settings.cache else None
         self._jitter = random.Random()  # its own: the waits must not move the random numbers of a training run
         self._states: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._guard = threading.Lock()
-        self._stats = dict(requests=0, retries=0, cache_hits=0, malformed=0, failures=0, seconds=0.0)
-
-    def stats(self) -> dict[str, int | float]:
-        """Counts since this client was built: requests sent, retries among them, cache_hits, malformed replies,
-        failures (samples left without a usable reply), and seconds spent in requests, concurrent ones added up."""
-        with self._guard:
-            return dict(self._stats)
 
     async def ask(
         self,
@@ -194,17 +127,13 @@ class ChatClient:
         turn = state.turns.setdefault(key, _Turn())
         async with turn:
             if turn.failure is not None:
-                self._count(failures=1)
                 raise type(turn.failure)(str(turn.failure), sample_id) from turn.failure
             cached = await asyncio.to_thread(self._cache.get, key)
             if cached is not None:
                 try:
-                    result = read(cached)
+                    return read(cached)
                 except MalformedReply:
                     pass  # an older version's parser took it; its successor decides, so ask again
-                else:
-                    self._count(cache_hits=1)
-                    return result
             try:
                 reply, result = await self._fetch(state, request, sample_id, reminder)
             except EndpointError as error:
@@ -225,11 +154,6 @@ class ChatClient:
         parts += [] if seed is None else [seed]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _count(self, **by: float) -> None:
-        with self._guard:
-            for name, value in by.items():
-                self._stats[name] += value
-
     async def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()
         with self._guard:
@@ -249,13 +173,11 @@ class ChatClient:
             wait_s = 0.0
             try:
                 async with state.slots:  # free again during the wait before a retry
-                    self._count(requests=1, retries=int(attempt > 0))
                     reply = await self._send(state.client, request, added)
                 return reply, request.read(reply)
             except _Refused as error:
                 raise self._failure(str(error), sample_id, attempt + 1, error.all_alike) from error
             except MalformedReply as error:
-                self._count(malformed=1)
                 reason, added = str(error), reminder
             except _Retry as error:
                 reason, wait_s = str(error), error.wait_s
@@ -275,7 +197,6 @@ class ChatClient:
         return max(wait_s, longest * self._jitter.uniform(0.5, 1.0))
 
     def _failure(self, reason: str, sample_id: str, requests: int, all_alike: bool = False) -> EndpointError:
-        self._count(failures=1)
         return (EndpointError if all_alike else NoReply)(
             f"sample {sample_id}: no usable reply from {self.settings.model} at {self.settings.base_url} after "
             f"{requests} request{'s' if requests > 1 else ''}: {reason}.",
@@ -288,7 +209,6 @@ class ChatClient:
 
         settings = self.settings
         sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "seed": request.seed}
-        started = time.perf_counter()
         try:
             # The client's own timeout restarts with every byte; a server that drips would hold its slot for ever.
             async with asyncio.timeout(settings.timeout_s):
@@ -303,8 +223,6 @@ class ChatClient:
             raise self._status_error(error) from error
         except openai.APIConnectionError as error:
             raise _Retry(f"the connection failed ({error.__cause__ or error})") from error
-        finally:
-            self._count(seconds=time.perf_counter() - started)
         return _reply_text(response.text, request.cut_off)
 
     def _status_error(self, error: Any) -> _Retry | _Refused:
@@ -337,29 +255,6 @@ async def _client_lifetime(base_url: str, key: str | None) -> AsyncGenerator:
         yield client
     finally:
         await client.close()
-
-
-def _find_key(settings: EndpointSettings) -> tuple[str | None, str]:
-    """(key, where it comes from in words). None: the openai client takes it from OPENAI_API_KEY."""
-    if settings.api_key_file:
-        path = Path(settings.api_key_file).expanduser()
-        try:
-            key = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"api_key_file: expected a text file with the key, {path} cannot be read: {error}"
-            ) from error
-        if not key or not key.isascii() or len(key.split()) != 1:
-            raise ConfigError(f"api_key_file: expected one word in {path}, the key, found {len(key.split())} words")
-        return key, f"from {path}"
-    if os.environ.get("OPENAI_API_KEY"):
-        return None, "from OPENAI_API_KEY"
-    host = urlsplit(settings.base_url).hostname or ""
-    if host == "openai.com" or host.endswith(".openai.com"):
-        raise ConfigError(
-            f"{host} wants a key. Put it into a file and name that as api_key_file, or set OPENAI_API_KEY"
-        )
-    return NO_KEY, "none was given"
 
 
 def _with_text(content: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:
@@ -395,59 +290,3 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         except (ValueError, TypeError, OverflowError):
             return 0.0
     return max(0.0, seconds) if not math.isnan(seconds) else 0.0
-
-
-class _ReplyCache:
-    """Replies in an SQLite file, which any number of processes may share.
-
-    A connection lives for one operation: none is carried across a fork or between threads, and against a request to a
-    language model the cost is nothing. The journal is SQLite's default, not WAL, because WAL needs memory that all
-    processes share, which those on other machines of a cluster (file on a network disk) do not.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EndpointError(f"cache: the folder of {path} cannot be made: {error}. Set another path.") from error
-        with self._open():
-            pass
-
-    def get(self, key: str) -> str | None:
-        with self._open() as connection:
-            row = connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
-
-    def put(self, key: str, model: str, sample_id: str, reply: str) -> None:
-        with self._open() as connection:
-            connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, model, sample_id, reply))
-
-    @contextlib.contextmanager
-    def _open(self):
-        try:
-            # isolation_level=None: every statement is its own transaction.
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=CACHE_BUSY_S, isolation_level=None)
-            ) as connection:
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS replies "
-                    "(key TEXT PRIMARY KEY, model TEXT, sample_id TEXT, reply TEXT NOT NULL)"
-                )
-                yield connection
-        except sqlite3.OperationalError as error:
-            raise EndpointError(
-                f"{self._path}: the cache of replies cannot be used ({error}). Check that the folder is writable and "
-                "not full and that no process keeps the file locked, or set `cache` to another path."
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise EndpointError(
-                f"{self._path}: expected a cache of replies, an SQLite file, found a broken or foreign file ({error}). "
-                "Move it away, and the replies are asked for anew; or set `cache` to another path."
-            ) from error
-
-
-def shorten(value: Any) -> str:
-    """Its `repr`, the middle left out if it is long."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
