@@ -22,6 +22,7 @@ from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.curation import curate, select
 from future_l1_plugin.data.curation_answers import Curation, Score
 from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
+from future_l1_plugin.data.frame_choice import Pool
 from future_l1_plugin.data.prompt import twiff_prompt
 from future_l1_plugin.data.rollouts import Attempt, LocalAnswerer, content_of, stable_hash
 from future_l1_plugin.endpoint.errors import EndpointError
@@ -197,7 +198,7 @@ def test_future_frames_stand_behind_those_of_the_question(world):
     assert list(map(int, labels)) == record.image + record.reasoning_image
     assert text.index("frame_" + labels[-1]) < text.index("Where")
     clip = twiff_prompt(record, "video", future=True)
-    assert clip.pool == (*record.image, *record.reasoning_image) and "<image>" not in clip.question
+    assert clip.frames == Pool((*record.image, *record.reasoning_image)) and "<image>" not in clip.question
     assert twiff_prompt(record, "video").question == clip.question
 
 
