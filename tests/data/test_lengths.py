@@ -51,7 +51,7 @@ def test_other_shapes_and_frame_counts(tmp_path, processor, shape, num_frames):
 
 def clip_prompt(path, num_frames=32, **more):
     fields = {"id": "p", "question": "What next?", "media": "video", "ground_truth": "A", "source": "futurebench/hop1"}
-    return RlPrompt(**fields | {"video": str(path), "frames": Evenly(num_frames)} | more)
+    return RlPrompt(**fields | {"video": str(path), "frames": num_frames and Evenly(num_frames)} | more)
 
 
 def test_pictures_and_text(tmp_path, processor):
