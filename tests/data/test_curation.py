@@ -220,11 +220,11 @@ def test_pixels_reach_the_endpoint_unchanged(world):
 
 def test_an_instruction_is_added_only_where_the_question_has_none(recipe):
     curation = Curation(recipe("rollouts.instruction=' Be brief.'"))
-    _, _, job = next(curation.jobs(curation.records))
-    assert "Be brief" not in job.prompt.question
+    _, _, attempt = next(curation.attempts(curation.records))
+    assert "Be brief" not in attempt.prompt.question
     record = dataclasses.replace(curation.records[0], question="<image>\nWhere does it go?")
-    _, _, job = next(curation.jobs([record]))
-    assert job.prompt.question.endswith("Where does it go? Be brief.")
+    _, _, attempt = next(curation.attempts([record]))
+    assert attempt.prompt.question.endswith("Where does it go? Be brief.")
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
