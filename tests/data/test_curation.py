@@ -267,14 +267,14 @@ def test_an_endpoint_that_is_gone_stops_the_run_and_keeps_what_came(recipe, serv
     once = len(server.asked)
     answers = [0]
 
-    def dies_after_forty(handler, content, body, answer=Handler.answer):
+    def dies_after_forty(handler, content, body, answer=Model.answer):
         answers[0] += 1
         if answers[0] == 40:
             server.broken = 10**6
         return answer(handler, content, body)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Handler, "answer", dies_after_forty)
+        patch.setattr(Model, "answer", dies_after_forty)
         with pytest.raises(EndpointError, match=r"20 requests in a row got no reply.*HTTP 503"):
             curate(recipe("endpoint.max_retries=0", output="again"))
     server.broken = 0
