@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from future_l1_plugin.data.container import REPLACE
+from future_l1_plugin.data.frame_choice import Pool
 from future_l1_plugin.data.frames import Backend, read_frames
 from future_l1_plugin.errors import DataError, EnvironmentMismatch
 
@@ -164,7 +165,7 @@ def _check_clip(clip: Clip, backend: Backend) -> Faults:
 
 def _frames_fault(video: str, frames: Frames, backend: Backend) -> Fault | None:
     try:
-        read_frames(video, pool=frames, backend=backend)
+        read_frames(video, backend=backend, frames=Pool(tuple(frames)))
     except EnvironmentMismatch:
         raise
     except DataError as error:

@@ -117,7 +117,7 @@ class Curation:
             video = [_relative(record.video, self.recipe.data.videos), Path(record.video).stat().st_size]
             for condition in CONDITIONS:
                 prompt = self._prompt(record, condition == VISUAL)
-                shown = [prompt.question, prompt.media, prompt.pool, video]
+                shown = [prompt.question, prompt.media, prompt.frames.numbers, video]
                 drawn = [rollouts.temperature, rollouts.max_new_tokens, rollouts.seed]
                 for sample in range(rollouts.n):
                     yield record, condition, Attempt(key_of(self._identity, shown, drawn, sample), prompt, sample)
@@ -156,7 +156,7 @@ class Curation:
                 {
                     "key": attempt.key,
                     "id": attempt.prompt.id,
-                    "pool": attempt.prompt.pool,
+                    "pool": attempt.prompt.frames.numbers,
                     "sample": attempt.sample,
                     "answer": answer,
                 }

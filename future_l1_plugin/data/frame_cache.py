@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from future_l1_plugin.data.frame_choice import FrameChoice, chosen
 from future_l1_plugin.data.frames import Backend, VideoFrames, read_frames
 from future_l1_plugin.errors import DataError
 
@@ -31,21 +32,17 @@ class FrameCache:
         num_frames: int | None = None,
         pool: Sequence[int] | None = None,
         backend: Backend = "auto",
+        frames: FrameChoice | None = None,
     ) -> VideoFrames:
         """As `read_frames`."""
-        key = (
-            os.fspath(path),
-            None if indices is None else tuple(indices),
-            num_frames,
-            None if pool is None else tuple(pool),
-            backend,
-        )
+        choice = chosen({"indices": indices, "num_frames": num_frames, "pool": pool, "frames": frames})
+        key = (os.fspath(path), choice, backend)
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)
             return self._kept[key]
         self.misses += 1
-        video = read_frames(path, indices, num_frames, pool, backend)
+        video = read_frames(path, backend=backend, frames=choice)
         if video.frames.nbytes <= self.max_bytes:
             self._kept[key] = video
             self.bytes += video.frames.nbytes

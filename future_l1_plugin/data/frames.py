@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from future_l1_plugin.data.container import REPLACE, check_file
-from future_l1_plugin.data.frame_choice import POOL_SIZE, pool_indices, uniform_indices
+from future_l1_plugin.data.frame_choice import FrameChoice, chosen
 from future_l1_plugin.errors import DataError, EnvironmentMismatch
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def read_frames(
     num_frames: int | None = None,
     pool: Sequence[int] | None = None,
     backend: Backend = "auto",
+    frames: FrameChoice | None = None,
 ) -> VideoFrames:
     """Decode some frames of a clip, or all.
 
@@ -86,58 +88,35 @@ def read_frames(
         num_frames: that many frames, evenly spread (`uniform_indices`).
         pool: pool numbers 1..8 (`frame_pool`), any order, repeats allowed.
         backend: "pyav", "decord", or "auto": PyAV if it imports, else decord. The result names the one used.
+        frames: any choice, which the three above are short for.
 
-    At most one of `indices`, `num_frames` and `pool`; none reads every frame.
+    At most one of `indices`, `num_frames`, `pool` and `frames`; none reads every frame.
 
     Raises:
-        DataError: two of the three given; the file is missing, empty, cut off, damaged or no video; it shows no frame;
+        DataError: two of the four given; the file is missing, empty, cut off, damaged or no video; it shows no frame;
             an index or pool number lies outside; on decord, a clip that begins with hidden frames.
         EnvironmentMismatch: the decoder asked for (or, with "auto", any decoder) is not installed.
     """
     path = os.fspath(path)
-    given = [
-        name for name, value in (("indices", indices), ("num_frames", num_frames), ("pool", pool)) if value is not None
-    ]
-    if len(given) > 1:
-        raise DataError(
-            f"{path}: read_frames takes at most one of indices, num_frames and pool, got {' and '.join(given)}"
-        )
+    with _about(path):
+        choice = chosen({"indices": indices, "num_frames": num_frames, "pool": pool, "frames": frames})
     reader = _reader(backend)
     check_file(path)
 
     def choose(total: int) -> list[int]:
-        if pool is not None:
-            return _pool_choice(path, pool, total)
-        if num_frames is not None:
-            return uniform_indices(total, num_frames)
-        if indices is not None:
-            return _checked(path, indices, total)
-        return list(range(total))
+        with _about(path):
+            return choice.indices(total)
 
     return reader(path, choose)
 
 
-def _pool_choice(path: str, pool: Sequence[int], total: int) -> list[int]:
-    outside = [number for number in pool if not 1 <= number <= POOL_SIZE]
-    if outside or not len(pool):
-        raise DataError(
-            f"{path}: pool numbers are 1..{POOL_SIZE}, got {list(pool)}. Correct the record that names them."
-        )
-    where = pool_indices(total)
-    return [where[number - 1] for number in pool]
-
-
-def _checked(path: str, indices: Sequence[int], total: int) -> list[int]:
-    wanted = [int(index) for index in indices]
-    outside = [index for index in wanted if not 0 <= index < total]
-    if outside:
-        raise DataError(
-            f"{path}: frame index {outside[0]} is outside 0..{total - 1} (the clip shows {total} frames, indices are "
-            "zero-based). Correct the index, or check that this is the clip that was meant."
-        )
-    if not wanted:
-        raise DataError(f"{path}: an empty list of indices was asked for; leave it out to read every frame")
-    return wanted
+@contextmanager
+def _about(path: str) -> Iterator[None]:
+    """A choice does not know of which clip it is made; its errors do."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _reader(backend: Backend) -> Callable[[str, Choice], VideoFrames]:

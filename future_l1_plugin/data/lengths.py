@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from future_l1_plugin.data.container import check_file
-from future_l1_plugin.data.frame_choice import pool_indices, uniform_indices
+from future_l1_plugin.data.frame_choice import POOL_SIZE, Pool, pool_indices
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages
 from future_l1_plugin.data.record_files import BadRecord
 from future_l1_plugin.data.rl import Prompts, bad_prompts_error
@@ -136,18 +136,19 @@ def _shown(prompt: RlPrompt, processor: Any) -> tuple[list[int], tuple[list[floa
         return [], None
     if prompt.images:
         return [picture_tokens(processor, *_picture_size(path)) for path in prompt.images], None
-    header = clip_header(prompt.video, unknown_total=prompt.num_frames or 8)
+    of_pool = isinstance(prompt.frames, Pool)
+    header = clip_header(prompt.video, POOL_SIZE if of_pool else prompt.frames.most or POOL_SIZE)
     if prompt.media == "images":
-        return [picture_tokens(processor, header.height, header.width)] * len(prompt.pool), None
+        return [picture_tokens(processor, header.height, header.width)] * prompt.frames.most, None
     hold = processor.video_processor.temporal_patch_size
-    if prompt.pool is None:
-        indices, fps = uniform_indices(header.total, prompt.num_frames), header.fps
-    else:  # as `question_video` shows them
+    if of_pool:  # as `question_video` shows them
         pool = pool_indices(header.total)
-        indices, fps = list(range(len(prompt.pool) * hold)), header.fps * hold / max(1, pool[1] - pool[0])
+        indices, fps = list(range(prompt.frames.most * hold)), header.fps * hold / max(1, pool[1] - pool[0])
+    else:
+        indices, fps = prompt.frames.indices(header.total), header.fps
     family = by_processor(processor)
     tokens = family.video_tokens(processor, len(indices), header.height, header.width)
-    return [], (family.video_times(processor, indices, fps), tokens)
+    return [], (family.video_times(processor, list(indices), fps), tokens)
 
 
 def _picture_size(path: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from future_l1_plugin.data.frame_cache import FrameCache
+from future_l1_plugin.data.frame_choice import FrameChoice, Pool, from_json, to_json
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.records import IMAGE, TwiffRecord
 from future_l1_plugin.data.showing import (
@@ -33,8 +34,7 @@ class RlPrompt:
         question: the text that the model reads; with "images", each `<image>` in it is a place for one.
         media: "images" | "video" | "none".
         video: path of the clip whose frames are shown (as images or as a video); None without one.
-        pool: pool numbers 1..8 of the frames shown (TwiFF); None for other schemas.
-        num_frames: how many evenly spread frames are shown (FutureBench); None for other schemas.
+        frames: which of its frames are shown: of the pool (TwiFF) or evenly spread (FutureBench); None without a clip.
         images: paths of the pictures shown (plain).
         ground_truth: the reference answer as it was written: an option's letter or its text, a number, a sentence.
         options: option letter -> option text of a multiple-choice question; else None.
@@ -51,14 +51,13 @@ class RlPrompt:
     kind: Literal["choice", "maths", "text"] = "text"
     options: dict[str, str] | None = None
     video: str | None = None
-    pool: tuple[int, ...] | None = None
-    num_frames: int | None = None
+    frames: FrameChoice | None = None
     images: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The prompt as JSON values. `from_dict` reads back an equal prompt."""
         row = asdict(self)
-        return row | {"pool": None if self.pool is None else list(self.pool), "images": list(self.images)}
+        return row | {"frames": None if self.frames is None else to_json(self.frames), "images": list(self.images)}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "RlPrompt":
@@ -67,7 +66,7 @@ class RlPrompt:
         if set(row) != set(names):
             raise DataError(f"expected a prompt with the fields {', '.join(names)}; found {', '.join(map(str, row))}")
         row = dict(row)
-        row["pool"] = None if row["pool"] is None else tuple(row["pool"])
+        row["frames"] = None if row["frames"] is None else from_json(row["frames"])
         row["images"] = tuple(row["images"])
         return cls(**row)
 
@@ -91,7 +90,7 @@ def twiff_prompt(record: TwiffRecord, question_media: Literal["images", "video"]
         question=question,
         media=question_media,
         video=record.video,
-        pool=(*record.image, *(record.reasoning_image if future else ())),
+        frames=Pool((*record.image, *(record.reasoning_image if future else ()))),
         ground_truth=record.answer,
         options=options,
         kind="choice" if options else "text",
@@ -114,7 +113,7 @@ def chat_messages(prompt: RlPrompt) -> list[dict[str, Any]]:
     places for media, {"type": "video"} or {"type": "image"}. No path and no pixel is in it."""
     if prompt.media == "none":
         return [{"role": "user", "content": [{"type": "text", "text": prompt.question}]}]
-    images = len(prompt.images) if prompt.pool is None else len(prompt.pool)
+    images = len(prompt.images) if prompt.frames is None else prompt.frames.most
     return [{"role": "user", "content": user_content(prompt.question, prompt.media, images)}]
 
 
@@ -162,9 +161,9 @@ def _media(prompt: RlPrompt, processor: Any, cache: FrameCache | None) -> dict[s
     if prompt.images:
         return processor_media(images=[read_picture(path) for path in prompt.images])
     read = read_frames if cache is None else cache.read
-    clip = read(prompt.video, num_frames=prompt.num_frames, pool=prompt.pool)
+    clip = read(prompt.video, frames=prompt.frames)
     if prompt.media == "images":
         return processor_media(images=list(clip.frames))
-    if prompt.pool is None:
-        return processor_media(videos=[(clip.frames, clip.metadata())])
-    return processor_media(videos=[question_video(clip, processor.video_processor.temporal_patch_size)])
+    if isinstance(prompt.frames, Pool):
+        return processor_media(videos=[question_video(clip, processor.video_processor.temporal_patch_size)])
+    return processor_media(videos=[(clip.frames, clip.metadata())])

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from future_l1_plugin.data.container import check_file
+from future_l1_plugin.data.frame_choice import Evenly, FrameChoice
 from future_l1_plugin.data.futurebench import ANSWER_IN_TAGS, FutureBenchItem, multiple_choice_prompt
 from future_l1_plugin.data.prompt import (
     ALPHABET,
@@ -97,7 +98,7 @@ def load_prompts(
     files = [files] if isinstance(files, str | os.PathLike) else list(files)
     if not files:
         raise ConfigError("no file of prompts is given. Name at least one.")
-    reader = _Reader(question_media, num_frames)
+    reader = _Reader(question_media, Evenly(num_frames))
     good: list[RlPrompt] = []
     bad: list[BadRecord] = []
     count = 0
@@ -191,8 +192,8 @@ def _schema(row: Mapping[str, Any]) -> str | None:
 class _Reader:
     """Turns rows into prompts, and remembers ids and files over all of them."""
 
-    def __init__(self, question_media: str, num_frames: int) -> None:
-        self._question_media, self._num_frames = question_media, num_frames
+    def __init__(self, question_media: str, frames: FrameChoice) -> None:
+        self._question_media, self._frames = question_media, frames
         self._taken: dict[str, str] = {}  # id -> where it stands
         self._faults: dict[str, str | None] = {}  # of each media file, asked once
 
@@ -215,7 +216,7 @@ class _Reader:
         if schema == "twiff":
             return _twiff(TwiffRecord.from_dict(fields, root, source), self._question_media)
         if schema == "futurebench":
-            return _futurebench(FutureBenchItem.from_dict(fields), root, self._num_frames)
+            return _futurebench(FutureBenchItem.from_dict(fields), root, self._frames)
         return _plain(fields, id, path)
 
     def _check(self, prompt: RlPrompt) -> None:
@@ -252,13 +253,13 @@ def _twiff(record: TwiffRecord, question_media: Literal["images", "video"]) -> R
     return prompt
 
 
-def _futurebench(item: FutureBenchItem, root: Path, num_frames: int) -> RlPrompt:
+def _futurebench(item: FutureBenchItem, root: Path, frames: FrameChoice) -> RlPrompt:
     return RlPrompt(
         id=item.id,
         question=item.prompt(),
         media="video",
         video=str(item.video_file(root)),
-        num_frames=num_frames,
+        frames=frames,
         ground_truth=item.answer,
         options=item.options,
         kind="choice",

@@ -41,7 +41,7 @@ class Attempt:
     @property
     def name(self) -> str:
         """Of the prompt: two of one id differ in the frames that they show."""
-        return f"{self.prompt.id} {self.prompt.pool or ''}".strip()
+        return f"{self.prompt.id} {self.prompt.frames.numbers}"
 
 
 Store = Callable[[list[tuple[Attempt, str]]], None]
@@ -217,7 +217,7 @@ def content_of(prompt: RlPrompt) -> list[dict[str, Any]]:
     """The user message in OpenAI's chat format: the parts of `chat_messages`, each image as a PNG data URL."""
     images: Iterator[Any] = iter(())
     if prompt.media == "images":
-        images = iter(read_frames(prompt.video, pool=list(prompt.pool)).frames)
+        images = iter(read_frames(prompt.video, frames=prompt.frames).frames)
     content = chat_messages(prompt)[0]["content"]
     return [
         {"type": "image_url", "image_url": {"url": _data_url(next(images))}} if part["type"] == "image" else part

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from future_l1_plugin.data.container import check_file
 from future_l1_plugin.data.frame_cache import FrameCache
+from future_l1_plugin.data.frame_choice import Pool
 from future_l1_plugin.data.frames import VideoFrames
 from future_l1_plugin.data.record_files import BadRecord, Records
 from future_l1_plugin.data.records import Frame, TwiffRecord, text_fault
@@ -155,7 +156,7 @@ class SftDataset(Dataset):
             clip = VideoFrames(np.empty((0, 0, 0, 3), np.uint8), [], 0.0, 0, record.video, "")
             return SftSample(record, clip, clip if self.spans else None)
         try:
-            clip = self._cache.read(record.video, pool=wanted)
+            clip = self._cache.read(record.video, frames=Pool(tuple(wanted)))
         except DataError as error:
             raise DataError(f"record {record.id}: {error}") from error
         cut = len(record.image)

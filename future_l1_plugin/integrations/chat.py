@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from future_l1_plugin.data.frame_choice import Evenly
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.showing import encode, processor_media, read_picture
 from future_l1_plugin.latent.tokens import LatentTokens
@@ -77,7 +78,7 @@ def answer(
 
     Raises CheckpointError for a checkpoint without latent tokens, DataError for media that cannot be read.
     """
-    clip = None if video is None else read_frames(video, num_frames=num_frames)
+    clip = None if video is None else read_frames(video, frames=Evenly(num_frames))
     pictures = [read_picture(path) for path in images]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     engine = TransformersEngine(

@@ -399,7 +399,7 @@ def test_a_video_is_not_blamed_for_what_was_read_before_it(world, rows, tmp_path
 def test_only_the_rows_that_use_the_deadly_frames_are_rejected(tmp_path):
     videos = damaged_clips(tmp_path / "videos")
     data = write_jsonl(tmp_path / "rows.jsonl", [row("early"), row("late", future=(7,)), row("early, too")])
-    driver = Driver(tmp_path / "run", data, videos, act="if 7 in options['pool']: os._exit(1)")
+    driver = Driver(tmp_path / "run", data, videos, act="if 7 in options['frames'].numbers: os._exit(1)")
     driver.run()
     assert faults(driver.out) == {"late": "decoder_crash"}
 

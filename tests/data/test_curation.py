@@ -22,6 +22,7 @@ from future_l1_plugin.data import load_records, make_world
 from future_l1_plugin.data.curation import curate, select
 from future_l1_plugin.data.curation_answers import Curation, Score
 from future_l1_plugin.data.curation_recipe import CurationRecipe, Selection
+from future_l1_plugin.data.frame_choice import Pool
 from future_l1_plugin.data.prompt import twiff_prompt
 from future_l1_plugin.data.rollouts import Attempt, LocalAnswerer, content_of, stable_hash
 from future_l1_plugin.endpoint.errors import EndpointError
@@ -197,7 +198,7 @@ def test_future_frames_stand_behind_those_of_the_question(world):
     assert list(map(int, labels)) == record.image + record.reasoning_image
     assert text.index("frame_" + labels[-1]) < text.index("Where")
     clip = twiff_prompt(record, "video", future=True)
-    assert clip.pool == (*record.image, *record.reasoning_image) and "<image>" not in clip.question
+    assert clip.frames == Pool((*record.image, *record.reasoning_image)) and "<image>" not in clip.question
     assert twiff_prompt(record, "video").question == clip.question
 
 
@@ -266,14 +267,14 @@ def test_an_endpoint_that_is_gone_stops_the_run_and_keeps_what_came(recipe, serv
     once = len(server.asked)
     answers = [0]
 
-    def dies_after_forty(handler, content, body, answer=Handler.answer):
+    def dies_after_forty(handler, content, body, answer=Model.answer):
         answers[0] += 1
         if answers[0] == 40:
             server.broken = 10**6
         return answer(handler, content, body)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Handler, "answer", dies_after_forty)
+        patch.setattr(Model, "answer", dies_after_forty)
         with pytest.raises(EndpointError, match=r"20 requests in a row got no reply.*HTTP 503"):
             curate(recipe("endpoint.max_retries=0", output="again"))
     server.broken = 0

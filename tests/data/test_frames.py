@@ -1,12 +1,24 @@
 """Frame choice, both decoders, broken files, and the writer. All clips are made here, by PyAV."""
 
+import json
+
 import av
 import numpy as np
 import pytest
 
 from future_l1_plugin.data import frames as frames_module
 from future_l1_plugin.data.frame_cache import FrameCache
-from future_l1_plugin.data.frame_choice import frame_pool, pool_indices, uniform_indices
+from future_l1_plugin.data.frame_choice import (
+    At,
+    Evenly,
+    Every,
+    Pool,
+    frame_pool,
+    from_json,
+    pool_indices,
+    to_json,
+    uniform_indices,
+)
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.video_writer import write_video
 from future_l1_plugin.errors import DataError, EnvironmentMismatch
@@ -414,3 +426,23 @@ def test_bad_clips_are_not_written(tmp_path, clip, fps, says):
 def test_write_into_a_missing_folder(tmp_path):
     with pytest.raises(DataError, match="folder does not exist"):
         write_video(tmp_path / "none" / "clip.mp4", moving_square(2), fps=8)
+
+
+# ---- choices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", [Every(), Evenly(4), Pool((3, 1)), At((5, 0))])
+def test_a_choice_is_read_back_and_reads_what_its_argument_reads(clip17, choice):
+    assert from_json(json.loads(json.dumps(to_json(choice)))) == choice
+    names = {Evenly: ("num_frames", "most"), Pool: ("pool", "numbers"), At: ("indices", "where")}
+    given = {} if choice == Every() else {names[type(choice)][0]: getattr(choice, names[type(choice)][1])}
+    theirs, ours = read_frames(clip17, **given), read_frames(clip17, frames=choice)
+    assert ours.indices == theirs.indices and np.array_equal(ours.frames, theirs.frames)
+    assert choice.most is None or len(ours.indices) == choice.most
+    cache = FrameCache(1 << 30)
+    assert cache.read(clip17, **given) is cache.read(clip17, frames=choice)
+
+
+def test_two_choices_are_one_too_many(clip17):
+    with pytest.raises(DataError, match="at most one of indices, num_frames, pool and frames, got pool and frames"):
+        read_frames(clip17, pool=[1], frames=Evenly(2))

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from future_l1_plugin.data import make_world
+from future_l1_plugin.data.frame_choice import Evenly
 from future_l1_plugin.data.lengths import check_lengths, clip_header, prompt_length
 from future_l1_plugin.data.prompt import RlPrompt, encode_prompt
 from future_l1_plugin.data.rl import Prompts, load_prompts
@@ -50,7 +51,7 @@ def test_other_shapes_and_frame_counts(tmp_path, processor, shape, num_frames):
 
 def clip_prompt(path, num_frames=32, **more):
     fields = {"id": "p", "question": "What next?", "media": "video", "ground_truth": "A", "source": "futurebench/hop1"}
-    return RlPrompt(**fields | {"video": str(path), "num_frames": num_frames} | more)
+    return RlPrompt(**fields | {"video": str(path), "frames": num_frames and Evenly(num_frames)} | more)
 
 
 def test_pictures_and_text(tmp_path, processor):

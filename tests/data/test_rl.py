@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageFile
 
 from future_l1_plugin.data import FrameCache, make_world
+from future_l1_plugin.data.frame_choice import Evenly, Pool
 from future_l1_plugin.data.futurebench import load_items
 from future_l1_plugin.data.prompt import RlPrompt, chat_messages, encode_prompt, listed_options
 from future_l1_plugin.data.record_files import load_records
@@ -108,7 +109,7 @@ def test_twiff_rows_as_images(tmp_path, clip_file):
         question="frame_1\n<image>\nframe_3\n<image>\nWhat comes next?",
         media="images",
         video=str(clip_file),
-        pool=(1, 3),
+        frames=Pool((1, 3)),
         ground_truth="it falls",
         kind="text",
         source="twiff",
@@ -129,7 +130,7 @@ def test_twiff_rows_as_images(tmp_path, clip_file):
 
 def test_twiff_rows_as_a_video(tmp_path, clip_file):
     (prompt,) = load_prompts(write(tmp_path / "a.json", [twiff(clip_file)]), question_media="video")
-    assert (prompt.media, prompt.question, prompt.pool) == ("video", "What comes next?", (1, 3))
+    assert (prompt.media, prompt.question, prompt.frames) == ("video", "What comes next?", Pool((1, 3)))
     content = [{"type": "video"}, {"type": "text", "text": "What comes next?"}]
     assert chat_messages(prompt) == [{"role": "user", "content": content}]
 
@@ -163,7 +164,7 @@ def test_futurebench_items(tmp_path, clip_file):
         question="Where?\nA. aw\nB. by\nC. cx\nD. dz\nPut only the option letter within <answer></answer>.",
         media="video",
         video=str(clip_file),
-        num_frames=6,
+        frames=Evenly(6),
         ground_truth="B",
         options={"A": "aw", "B": "by", "C": "cx", "D": "dz"},
         kind="choice",
@@ -250,7 +251,7 @@ def test_the_world_is_read_whole(world):
     items = json.loads(world.futurebench.read_text())
     assert [p.ground_truth for p in prompts[16:]] == [item["qa"]["Answer"] for item in items]
     records = load_records(world.sft, world.videos)
-    assert [(p.id, p.video, p.question, list(p.pool), p.ground_truth) for p in prompts[:16]] == [
+    assert [(p.id, p.video, p.question, list(p.frames.numbers), p.ground_truth) for p in prompts[:16]] == [
         (r.id, r.video, r.question, r.image, r.answer) for r in records
     ]
     assert load_prompts([world.sft, world.futurebench], world.videos, limit=20) == prompts[:20]
@@ -502,7 +503,7 @@ def test_rl_shows_what_the_evaluation_shows(world, processor, task):
     prompts = load_prompts(world.futurebench, world.videos, num_frames=32)
     docs = list(task.dataset["test"])
     assert len(docs) == len(prompts) == 16
-    build = InputBuilder(processor, max_num_frames=32)
+    build = InputBuilder(processor, Evenly(32))
     for doc, prompt in zip(docs, prompts, strict=True):
         assert prompt.id == doc["id"]
         assert prompt.question == task.doc_to_text(doc)
@@ -522,7 +523,7 @@ def test_fewer_frames_than_the_clip_has(tmp_path, clip_file, processor, count):
     path = write(tmp_path / "b.json", [bench(clip_file)])
     (prompt,) = load_prompts(path, clip_file.parent, num_frames=count)
     content = [{"type": "video", "url": str(clip_file)}, {"type": "text", "text": prompt.question}]
-    theirs = InputBuilder(processor, max_num_frames=count)([{"role": "user", "content": content}])
+    theirs = InputBuilder(processor, Evenly(count))([{"role": "user", "content": content}])
     encoded = encode_prompt(prompt, processor)
     assert encoded.prompt_ids == theirs.pop("input_ids")[0].tolist()
     theirs.pop("attention_mask")
@@ -535,7 +536,7 @@ def test_pictures_as_the_evaluation_shows_them(pictures, processor):
     row = {"question": "Alike?", "answer": "no", "images": ["clear.png", "two.png"]}
     (prompt,) = load_prompts(write(pictures / "mine.json", [row]))
     content = [{"type": "image", "url": path} for path in prompt.images] + [{"type": "text", "text": "Alike?"}]
-    theirs = InputBuilder(processor, max_num_frames=1)([{"role": "user", "content": content}])
+    theirs = InputBuilder(processor, Evenly(1))([{"role": "user", "content": content}])
     encoded = encode_prompt(prompt, processor)
     assert encoded.prompt_ids == theirs.pop("input_ids")[0].tolist()
     theirs.pop("attention_mask")

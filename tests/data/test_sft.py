@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from future_l1_plugin.data.frame_choice import Evenly
 from future_l1_plugin.data.frames import VideoFrames
 from future_l1_plugin.data.record_files import Records
 from future_l1_plugin.data.records import Frame, Text, TwiffRecord
@@ -419,7 +420,7 @@ def test_training_and_evaluation_give_the_model_the_same(parts, scene):
             ],
         }
     ]
-    inputs = InputBuilder(processor, max_num_frames=32)(messages)
+    inputs = InputBuilder(processor, Evenly(32))(messages)
     start = int(batch["response_start"][0])
     assert batch["input_ids"][0, :start].tolist() == inputs["input_ids"][0].tolist()
     assert batch["mm_token_type_ids"][0, :start].tolist() == inputs["mm_token_type_ids"][0].tolist()
@@ -431,7 +432,7 @@ def test_training_and_evaluation_give_the_model_the_same(parts, scene):
     other = draw_question(random.Random(6), "hop2")
     write_video(root / "other.mp4", seen_clip(other.scene, other.ask), fps=4.0)
     messages[0]["content"][0]["url"] = str(root / "other.mp4")
-    stranger = InputBuilder(processor, max_num_frames=32)(messages)["pixel_values_videos"]
+    stranger = InputBuilder(processor, Evenly(32))(messages)["pixel_values_videos"]
     assert (batch["pixel_values_videos"] - stranger).abs().mean() > 2 * error.mean()  # the bound above says something
 
 

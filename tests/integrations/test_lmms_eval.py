@@ -307,12 +307,12 @@ def test_tasks_named_by_the_user_win():
 
 
 def test_missing_videos_are_named_before_a_model_is_loaded(benchmark, videos, tmp_path, monkeypatch, checkpoint):
-    from future_l1_plugin.integrations.lmms_eval import engines
+    from future_l1_plugin.integrations.lmms_eval import adapter
 
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(engines, "load", never)
+    monkeypatch.setattr(adapter, "load", never)
     root = tmp_path / "root"
     (root / "clips").mkdir(parents=True)
     (root / "clips" / "forty.mp4").write_bytes((videos / "clips" / "forty.mp4").read_bytes())

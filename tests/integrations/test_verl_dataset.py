@@ -246,7 +246,7 @@ def test_encode_gives_what_the_prompt_gives(world, mixed, processor):
 
 def test_rollouts_of_a_prompt_decode_its_clip_once(mixed, processor, monkeypatch):
     calls, read = [], frame_cache.read_frames
-    monkeypatch.setattr(frame_cache, "read_frames", lambda *args: calls.append(args) or read(*args))
+    monkeypatch.setattr(frame_cache, "read_frames", lambda *args, **how: calls.append(args) or read(*args, **how))
     barrier = threading.Barrier(8)
 
     def rollout(_):

@@ -269,6 +269,6 @@ def test_a_curation_that_was_broken_off_goes_on(curation, starts):
     broken.answerer.run(
         attempts, lambda attempt: attempt.key in done, lambda pairs: done.update({one.key: a for one, a in pairs})
     )
-    assert {(one.prompt.id, one.prompt.pool, one.sample): done[one.key] for one in attempts} == whole
+    assert {(one.prompt.id, one.prompt.frames.numbers, one.sample): done[one.key] for one in attempts} == whole
     before = len(starts)
     assert answers(curation("vllm", "whole", video, "vllm.args.max_num_seqs=1")) == whole and len(starts) == before

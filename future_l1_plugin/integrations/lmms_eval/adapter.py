@@ -26,6 +26,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
+from future_l1_plugin.data.frame_choice import Evenly
 from future_l1_plugin.errors import CheckpointError, ConfigError, DataError
 from future_l1_plugin.integrations.lmms_eval.engines import describe_engine, vllm_engine
 from future_l1_plugin.integrations.lmms_eval.inputs import InputBuilder, described
@@ -156,7 +157,8 @@ class FutureL1(lmms):
 
     @cached_property
     def _build(self) -> InputBuilder:
-        return InputBuilder(self._processor(), **self._view)
+        frames, *pixels = self._view.values()
+        return InputBuilder(self._processor(), Evenly(frames), *pixels)
 
     def clean(self) -> None:
         """lmms-eval calls it after a run."""

@@ -8,6 +8,7 @@ import torch
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
+from future_l1_plugin.data.frame_choice import FrameChoice
 from future_l1_plugin.data.frames import read_frames
 from future_l1_plugin.data.showing import encode, processor_media, read_picture
 from future_l1_plugin.errors import ConfigError
@@ -19,13 +20,13 @@ class InputBuilder:
     """Runs the processor over messages with text, images (in memory or paths) and videos (paths).
 
     Attributes:
-        max_num_frames: frames of a video, evenly spread; a shorter clip gives all it has.
+        frames: which of a video are shown.
         min_pixels, max_pixels: bounds for an image and for a frame of a video (an odd number T of frames may take
             (T + 1) / T of max_pixels each). None: the processor's settings, which bound all frames of a video together.
     """
 
     processor: Any
-    max_num_frames: int
+    frames: FrameChoice
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -40,7 +41,7 @@ class InputBuilder:
         images, videos, audios = chat.extract_media()
         if audios:
             raise ConfigError("the request has audio, which Qwen3-VL does not take")
-        clips = [read_frames(_path(video), num_frames=self.max_num_frames) for video in videos]
+        clips = [read_frames(_path(video), frames=self.frames) for video in videos]
         media = processor_media(
             images=[read_picture(image) for image in images],
             videos=[(clip.frames, clip.metadata()) for clip in clips],

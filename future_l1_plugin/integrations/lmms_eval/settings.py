@@ -138,7 +138,7 @@ class Arguments:
 
     @property
     def view(self) -> dict[str, int | None]:
-        """How media are shown, as arguments of `InputBuilder`."""
+        """How media are shown, as a response's key has it."""
         return {name: getattr(self, name) for name in ("max_num_frames", "min_pixels", "max_pixels")}
 
     @property
