@@ -6,6 +6,13 @@ from torch.nn.functional import adaptive_avg_pool1d, cosine_similarity
 
 from future_l1_plugin.errors import ConfigError
 
+#: Name in a recipe (`latent.loss`) -> mean distance of mu and target, floating (K, H) both, K >= 1; a scalar.
+LOSSES = {
+    "mse": lambda mu, target: (mu - target).square().mean(),
+    "sum_mse": lambda mu, target: (mu - target).square().sum(-1).mean(),
+    "cosine": lambda mu, target: (1 - cosine_similarity(mu, target, dim=-1)).mean(),
+}
+
 
 def latent_loss(mu: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
     """Mean distance between mu_t and e*_t over the K latent positions (Future-L1, arXiv 2606.05769, SFT objective).
@@ -13,7 +20,7 @@ def latent_loss(mu: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
     Args:
         mu: floating (K, H), K >= 0.
         target: floating (K, H), vision-merger output; counts as data.
-        kind: "sum_mse", the paper's (1/K) sum_t ||mu_t - e*_t||^2; "mse", the same divided by H, as in the public
+        kind: a name of LOSSES: "sum_mse", the paper's (1/K) sum_t ||mu_t - e*_t||^2; "mse", the same divided by H, as in the public
             release; "cosine", (1/K) sum_t (1 - cos(mu_t, e*_t)).
 
     Returns:
@@ -24,8 +31,8 @@ def latent_loss(mu: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
         ConfigError: unknown kind.
         ValueError: shapes that differ or are not (K, H).
     """
-    if kind not in ("mse", "sum_mse", "cosine"):
-        raise ConfigError(f"latent_loss: expected mse, sum_mse or cosine, found {kind!r}")
+    if kind not in LOSSES:
+        raise ConfigError(f"latent_loss: expected one of {', '.join(LOSSES)}, found {kind!r}")
     if mu.ndim != 2 or mu.shape != target.shape:
         raise ValueError(
             f"latent_loss: expected mu and target of one shape (K, H), found {tuple(mu.shape)}, {tuple(target.shape)}"
@@ -34,10 +41,7 @@ def latent_loss(mu: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
     target = target.detach().to(mu)
     if len(mu) == 0:
         return mu.sum()
-    if kind == "cosine":
-        return (1 - cosine_similarity(mu, target, dim=-1)).mean()
-    squares = (mu - target).square()
-    return squares.mean() if kind == "mse" else squares.sum(-1).mean()
+    return LOSSES[kind](mu, target)
 
 
 def pool_targets(tokens: Tensor, budget: int) -> Tensor:

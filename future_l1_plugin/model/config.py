@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from future_l1_plugin.errors import CheckpointError, ConfigError
+from future_l1_plugin.latent.loss import LOSSES
 from future_l1_plugin.latent.spans import SpanBudget
 from future_l1_plugin.latent.tokens import LatentTokens
 from future_l1_plugin.model.backbone import BACKBONES
 
-LOSSES = ("mse", "sum_mse", "cosine")
 HEADS = ("lvr", "swiglu")
 
 

@@ -58,7 +58,7 @@ def test_nothing_to_supervise_is_a_zero_on_the_graph(kind):
 
 
 def test_bad_losses():
-    with pytest.raises(ConfigError, match="expected mse, sum_mse or cosine, found 'l1'"):
+    with pytest.raises(ConfigError, match="expected one of mse, sum_mse, cosine, found 'l1'"):
         latent_loss(torch.ones(1, 2), torch.ones(1, 2), "l1")
     with pytest.raises(ValueError, match=r"found \(3, 2\), \(1, 2\)"):
         latent_loss(torch.ones(3, 2), torch.ones(1, 2))
@@ -105,3 +105,14 @@ def test_bad_pooling():
     for tokens in (torch.ones(0, 2), torch.ones(3), torch.ones(1, 3, 2)):
         with pytest.raises(ValueError, match="expected features of shape"):
             pool_targets(tokens, 2)
+
+
+def test_a_loss_is_added_in_one_place(monkeypatch):
+    """As the package's README says: recipes and checkpoints then know it by its name."""
+    from future_l1_plugin.latent import loss
+    from future_l1_plugin.model import LatentConfig
+
+    monkeypatch.setitem(loss.LOSSES, "l1", lambda mu, target: (mu - target).abs().mean())
+    mu, target = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
+    assert float(latent_loss(mu, target, "l1")) == 1.5
+    assert LatentConfig(latent_id=1, latent_start_id=2, latent_end_id=3, latent_loss="l1").latent_loss == "l1"

@@ -10,7 +10,7 @@ from typing import Any
 
 from future_l1_plugin.errors import ConfigError
 from future_l1_plugin.integrations.sft.deepspeed import NAMES, NO_FSDP
-from future_l1_plugin.model.config import LOSSES
+from future_l1_plugin.latent.loss import LOSSES
 from future_l1_plugin.values import at_least, one_of
 
 
