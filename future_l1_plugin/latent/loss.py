@@ -20,8 +20,8 @@ def latent_loss(mu: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
     Args:
         mu: floating (K, H), K >= 0.
         target: floating (K, H), vision-merger output; counts as data.
-        kind: a name of LOSSES: "sum_mse", the paper's (1/K) sum_t ||mu_t - e*_t||^2; "mse", the same divided by H, as in the public
-            release; "cosine", (1/K) sum_t (1 - cos(mu_t, e*_t)).
+        kind: a name of LOSSES: "sum_mse", the paper's (1/K) sum_t ||mu_t - e*_t||^2; "mse", the same divided by H, as
+            in the public release; "cosine", (1/K) sum_t (1 - cos(mu_t, e*_t)).
 
     Returns:
         Scalar, float32 (float64 if mu is float64). With K = 0 a zero that is still attached to mu's graph: every rank
