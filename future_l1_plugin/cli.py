@@ -299,7 +299,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("doctor", "check versions, device, video and disk; print what mends them", None, _doctor),
+    Command("doctor", "check versions, device, video and disk; print what fixes them", None, _doctor),
     Command("convert", "make a latent checkpoint from a Qwen3-VL one", _convert_arguments, _convert),
     Command("export", "make a latent checkpoint from a checkpoint-N of an SFT run", _export_arguments, _export),
     Command("generate", "ask a latent checkpoint about a video or pictures", _generate_arguments, _generate),

@@ -48,7 +48,7 @@ class Pin:
 
     @property
     def exact(self) -> str:
-        """As the mending commands print it."""
+        """As the fixing commands print it."""
         return f"{self.name}{self.parts}=={self.pin}"
 
 
@@ -221,7 +221,7 @@ def require(name: str) -> str:
         name: distribution name, such as "lmms-eval". "verl" means upstream verl.
 
     Raises:
-        EnvironmentMismatch: missing, too old or too new; the message ends with the pip command that mends it.
+        EnvironmentMismatch: missing, too old or too new; the message ends with the pip command that fixes it.
     """
     from future_l1_plugin.errors import EnvironmentMismatch
 
@@ -283,7 +283,7 @@ def require_attention(name: str | None, key: str, price: str = "at the price of 
 
 
 def require_easyr1() -> None:
-    """Raises EnvironmentMismatch, with the commands that mend it, if the package `verl` is not EasyR1."""
+    """Raises EnvironmentMismatch, with the commands that fix it, if the package `verl` is not EasyR1."""
     from future_l1_plugin.errors import EnvironmentMismatch
 
     flavour = verl_flavour()

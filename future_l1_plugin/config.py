@@ -83,11 +83,11 @@ def _config(values: Mapping[str, Any]) -> DictConfig:
     return values if isinstance(values, DictConfig) else OmegaConf.create(dict(values))
 
 
-def _to_object(recipe: DictConfig, source: str, mend: str) -> Any:
-    """The checked dataclass; `mend` says how to give a missing key, with {} for its name."""
+def _to_object(recipe: DictConfig, source: str, fix: str) -> Any:
+    """The checked dataclass; `fix` says how to give a missing key, with {} for its name."""
     try:
         if missing := sorted(OmegaConf.missing_keys(recipe)):
-            raise ConfigError(f"{', '.join(missing)} must be given. {mend.format(missing[0])}")
+            raise ConfigError(f"{', '.join(missing)} must be given. {fix.format(missing[0])}")
         return OmegaConf.to_object(recipe)
     except ConfigError as error:
         # OmegaConf appends lines about its own nodes to what __post_init__ said.
@@ -139,7 +139,7 @@ def _read(path: Path, asked_by: str) -> DictConfig:
         values = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    except OSError as error:  # OmegaConf's word for a file that holds a bare number or word
+    except OSError as error:  # raised by OmegaConf for a file with only a scalar
         raise ConfigError(f"{path}: expected keys and values ({error})") from error
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{path}: holds a list, expected keys and values")

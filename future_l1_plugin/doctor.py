@@ -1,4 +1,4 @@
-"""`future-l1 doctor`: what this environment has, what the table of versions wants, and the commands that mend it.
+"""`future-l1 doctor`: what this environment has, what the table of versions wants, and the commands that fix it.
 
 `checks()` gathers facts, one `Check` a line; `report()` prints them. A wrong or missing package that the project itself
 needs is a problem; a missing extra is not.
@@ -30,7 +30,7 @@ class Check:
     wanted: str
     found: str
     verdict: str = OK  # ok | note (nothing is broken by it) | problem
-    mend: str = ""  # shell command
+    fix: str = ""  # shell command
 
 
 def check_pin(pin: Pin) -> Check:
@@ -74,16 +74,16 @@ def _python() -> Check:
     version = platform.python_version()
     fine = compare(version, PYTHON) == 0
     where = "virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
-    mend = "" if fine else "make setup PYTHON=/usr/bin/python3.11"
-    return Check("machine", "python", PYTHON, f"{version}, {where}", OK if fine else PROBLEM, mend)
+    fix = "" if fine else "make setup PYTHON=/usr/bin/python3.11"
+    return Check("machine", "python", PYTHON, f"{version}, {where}", OK if fine else PROBLEM, fix)
 
 
 def _device() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        mend = pip_command(*(p for p in PINS if p.name == "torch"))
-        return Check("machine", "device", "torch imports", str(error), PROBLEM, mend)
+        fix = pip_command(*(p for p in PINS if p.name == "torch"))
+        return Check("machine", "device", "torch imports", str(error), PROBLEM, fix)
     if torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
@@ -97,28 +97,28 @@ def _torchvision() -> Check:
     from future_l1_plugin.patches import torchvision_cpu
 
     state = torchvision_cpu.inspect()
-    mend = ""
+    fix = ""
     if not state.ok:
         script = Path(torchvision_cpu.__file__)
-        mend = (
+        fix = (
             f"{sys.executable} {script} install"
             if state.needed
             else pip_command(*(p for p in PINS if p.name in ("torch", "torchvision")))
         )
     verdict = OK if state.ok else PROBLEM
-    return Check("machine", "torchvision shim", "torchvision imports", str(state), verdict, mend)
+    return Check("machine", "torchvision shim", "torchvision imports", str(state), verdict, fix)
 
 
 def _h264() -> Check:
     wanted = "FFmpeg with libx264 (through av)"
-    mend = pip_command(*(p for p in PINS if p.name == "av")).replace("install", "install --force-reinstall --no-deps")
+    fix = pip_command(*(p for p in PINS if p.name == "av")).replace("install", "install --force-reinstall --no-deps")
     try:
         import av
     except (ImportError, OSError) as error:
-        return Check("machine", "video", wanted, str(error), PROBLEM, mend)
+        return Check("machine", "video", wanted, str(error), PROBLEM, fix)
     release = ".".join(map(str, av.library_versions["libavcodec"]))
     if "libx264" not in av.codecs_available:
-        return Check("machine", "video", wanted, f"libavcodec {release} without libx264", PROBLEM, mend)
+        return Check("machine", "video", wanted, f"libavcodec {release} without libx264", PROBLEM, fix)
     return Check("machine", "video", wanted, f"libavcodec {release}, libx264")
 
 
@@ -132,8 +132,8 @@ def _fragile() -> Iterator[Check]:
         if done.returncode == 0:
             yield Check("machine", name, "imports, or is absent", found[1])
         else:
-            mend = f"{sys.executable} -m pip uninstall --yes {name}"
-            yield Check("machine", name, "imports, or is absent", f"{found[1]}, does not import", PROBLEM, mend)
+            fix = f"{sys.executable} -m pip uninstall --yes {name}"
+            yield Check("machine", name, "imports, or is absent", f"{found[1]}, does not import", PROBLEM, fix)
 
 
 def _disk() -> Check:
@@ -154,7 +154,7 @@ def checks() -> Iterator[Check]:
 
 
 def report(found: list[Check]) -> int:
-    """Print the table and the mending commands; the exit code: 1 if there is a problem."""
+    """Print the table and the fixing commands; the exit code: 1 if there is a problem."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -172,8 +172,8 @@ def report(found: list[Check]) -> int:
                 mark = "[dim]absent[/]" if absent else marks[check.verdict]
                 table.add_row(check.name, escape(check.wanted), escape(check.found), mark)
         console.print(table)
-    for verdict, heading in ((PROBLEM, "To mend:"), (NOTE, "If you use these:")):
-        commands = [check.mend for check in found if check.verdict == verdict and check.mend]
+    for verdict, heading in ((PROBLEM, "To fix:"), (NOTE, "If you use these:")):
+        commands = [check.fix for check in found if check.verdict == verdict and check.fix]
         if commands:
             console.print(heading)
             for command in commands:

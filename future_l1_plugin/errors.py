@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints their message without a traceback and exits with 2.
+"""Errors that a user can fix. The command line prints their message without a traceback and exits with 2.
 
 Each message says what was expected, what was found, and what to do.
 """
@@ -23,7 +23,7 @@ class DataError(UserError):
 
 
 class EnvironmentMismatch(UserError):
-    """A package is missing, too old or too new. The message holds the command that mends it."""
+    """A package is missing, too old or too new. The message holds the command that fixes it."""
 
 
 class RewardError(UserError):

@@ -211,8 +211,8 @@ def to_disk(folder: str | os.PathLike) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> DataError:
-    mend = "free space" if error.errno in _NO_SPACE else "mend that"
+    fix = "free space" if error.errno in _NO_SPACE else "fix that"
     return DataError(
-        f"{path}: cannot be written ({error}). Everything finished before is kept: {mend} and run the same "
+        f"{path}: cannot be written ({error}). Everything finished before is kept: {fix} and run the same "
         "command again."
     )

@@ -49,7 +49,7 @@ def apply() -> bool:
     version = importlib.metadata.version("lmms-eval")
     if version not in CHECKED:
         raise EnvironmentMismatch(
-            f"lmms-eval {version}: our tasks are added to versions {CHECKED} only. Mend: pip install "
+            f"lmms-eval {version}: our tasks are added to versions {CHECKED} only. Fix: pip install "
             f"'lmms-eval{CHECKED}', or name the tasks yourself: {_plain_way()}"
         )
     loaded = sys.modules.get(TARGET)
@@ -105,7 +105,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 def _changed(what: str) -> EnvironmentMismatch:
     return EnvironmentMismatch(
-        f"lmms-eval has changed where our tasks are added: {what}. Mend: pip install 'lmms-eval{CHECKED}', or name the "
+        f"lmms-eval has changed where our tasks are added: {what}. Fix: pip install 'lmms-eval{CHECKED}', or name the "
         f"tasks yourself: {_plain_way()}"
     )
 

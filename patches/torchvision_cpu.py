@@ -1,7 +1,7 @@
 """torchvision built for CUDA beside torch built for the CPU: `operator torchvision::nms does not exist`.
 
     python patches/torchvision_cpu.py check      exit 0 if torchvision imports, 1 if it fails by this cause or another
-    python patches/torchvision_cpu.py install    mend it in the running virtual environment, if it needs it
+    python patches/torchvision_cpu.py install    fix it in the running virtual environment, if it needs it
     python patches/torchvision_cpu.py remove     take the two files away again
 
 `make setup` runs `install`. The README beside this file says why it exists and when it can go.
@@ -22,7 +22,7 @@ from future_l1_plugin.compat import compare, pin_of
 from future_l1_plugin.errors import EnvironmentMismatch, UserError
 
 CAUSE = "operator torchvision::nms does not exist"
-CHECKED = ">=0.28,<0.29"  # torchvision versions with which the mended import was tried
+CHECKED = ">=0.28,<0.29"  # torchvision versions with which the fixed import was tried
 MODULE = "_future_l1_torchvision_cpu"
 SHIM = Path(__file__).with_name("torchvision_cpu_shim.py")
 
@@ -45,7 +45,7 @@ class State:
 
     @property
     def needed(self) -> bool:
-        """Whether the import fails without the shim by the cause that the shim mends."""
+        """Whether the import fails without the shim by the cause that the shim fixes."""
         return self.bare_error is not None and CAUSE in self.bare_error
 
     @property
@@ -57,7 +57,7 @@ class State:
         if self.ok and self.installed:
             return "installed"
         if self.ok:
-            return "mended by something else in this environment" if self.needed else "not needed"
+            return "fixed by something else in this environment" if self.needed else "not needed"
         return "needed, not installed" if self.needed and not self.installed else f"torchvision fails: {self.error}"
 
 
@@ -130,12 +130,12 @@ def install(site: Path | None = None) -> str:
     state = inspect()
     if state.bare_error is None:
         return "torchvision imports as it is; " + ("shim removed" if remove(target) else "nothing to do")
-    mend = f"Run: {sys.executable} -m pip install {pin_of('torch').exact} {pin_of('torchvision').exact}"
+    fix = f"Run: {sys.executable} -m pip install {pin_of('torch').exact} {pin_of('torchvision').exact}"
     if not state.needed:
-        raise EnvironmentMismatch(f"torchvision does not import, and not for want of nms: {state.bare_error}\n{mend}")
+        raise EnvironmentMismatch(f"torchvision does not import, and not for want of nms: {state.bare_error}\n{fix}")
     version = metadata.version("torchvision")
     if compare(version, CHECKED) != 0:
-        raise EnvironmentMismatch(f"torchvision {version}: this patch was checked with {CHECKED} only.\n{mend}")
+        raise EnvironmentMismatch(f"torchvision {version}: this patch was checked with {CHECKED} only.\n{fix}")
     module, pth = files(target)
     fresh = not is_installed(target)
     shutil.copyfile(SHIM, module)
@@ -143,7 +143,7 @@ def install(site: Path | None = None) -> str:
     error = import_error(shim=True) if site is None else None
     if error is not None:
         remove(target)
-        raise EnvironmentMismatch(f"torchvision fails with the shim too, so it was removed again: {error}\n{mend}")
+        raise EnvironmentMismatch(f"torchvision fails with the shim too, so it was removed again: {error}\n{fix}")
     return f"shim {'installed' if fresh else 'is in place'}: {module}"
 
 

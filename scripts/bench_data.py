@@ -75,7 +75,7 @@ def bench_frames(records: list, processor: Any, latent: LatentConfig, turns: int
     faster = 1 / ratio(times["ours"], times["plain"])
     a, b = (frames / median(times[name]) for name in ("plain", "ours"))
     met = "yes" if faster >= 1.5 else "**no**"
-    return f"| frames a second, {workers} workers | {a:,.0f} | {b:,.0f} | {faster:.2f} times | 1.5 or more | {met} |"
+    return f"| frames per second, {workers} workers | {a:,.0f} | {b:,.0f} | {faster:.2f} times | 1.5 or more | {met} |"
 
 
 def bench_step(records: list, model: Any, processor: Any, latent: LatentConfig, turns: int, batch: int) -> list[str]:

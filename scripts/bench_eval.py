@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.model}: {args.questions} questions, {torch.get_num_threads()} threads, {args.turns} turns")
     print(f"| what | batch 1 | batch {args.batch} | faster | goal | met |\n|---|---|---|---|---|---|")
     met = "yes" if faster >= 4 else "**no**"
-    print(f"| seconds a sample | {one:.3f} | {many:.3f} | {faster:.1f} times | 4 or more | {met} |")
+    print(f"| seconds per sample | {one:.3f} | {many:.3f} | {faster:.1f} times | 4 or more | {met} |")
     print(f"| accuracy | {accuracy[1]:.3f} | {accuracy[args.batch]:.3f} | | | |")
     return 0
 

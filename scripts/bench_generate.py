@@ -55,7 +55,7 @@ def main() -> None:
     length = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
     where = f"{args.device}, {torch.get_num_threads()} threads"
     print(f"{path}: {args.tokens} new tokens, median of {args.repeats}, {where}")
-    print("| batch | plain, ms a token | latent, ms a token | latents, share | ratio |\n|---|---|---|---|---|")
+    print("| batch | plain, ms per token | latent, ms per token | latents, share | ratio |\n|---|---|---|---|---|")
     for batch in args.batches:
         inputs = prompts(processor, batch, args.device)
 

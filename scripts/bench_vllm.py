@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What latents cost in vLLM: tokens a second against stock vLLM, and against decoding with transformers. Needs a GPU.
+"""What latents cost in vLLM: tokens per second against stock vLLM, and against decoding with transformers. Needs a GPU.
 
     python scripts/bench_vllm.py --model CHECKPOINT [--tokens 500] [--batches 1 32 256] [--repeats 5]
 
@@ -146,7 +146,7 @@ def report(args: argparse.Namespace, measured: dict[str, dict[str, Any]]) -> Non
     most = max(*args.batches, HF_BATCH)
     print(
         f"A latent in a response: {latent['bytes serving']:.0f} bytes, in a rollout {latent['bytes rollout']:.0f}. "
-        f"Copy to the host: {latent['copy'] / most * 1e6:.2f} microseconds a latent at batch {most}."
+        f"Copy to the host: {latent['copy'] / most * 1e6:.2f} microseconds per latent at batch {most}."
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-#: The full recipe: prompts a step, and bytes of a prompt's pixels in float32 at the cap of Qwen3-VL's video processor
+#: The full recipe: prompts per step, and bytes of a prompt's pixels in float32 at the cap of Qwen3-VL's video processor
 #: (12,288 tokens of 4 patches, each 3 x 2 x 16 x 16 numbers).
 PROMPTS, PIXEL_BYTES = 64, 12288 * 4 * 1536 * 4
 STEPS, MICRO_PROMPTS = 2, 8

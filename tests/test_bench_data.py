@@ -19,7 +19,7 @@ def test_it_prints_every_row(bench, tiny_path, capsys):
     small = ["--model", str(tiny_path), "--records", "16", "--batch", "2", "--turns", "1", "--workers", "1"]
     assert bench.main(small) == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[1].split(",")[0].strip() for row in rows[1:]] == ["frames a second", "SFT step", "SFT step"]
+    assert [row[1].split(",")[0].strip() for row in rows[1:]] == ["frames per second", "SFT step", "SFT step"]
     assert all(cell.strip() for row in rows for cell in row[1:-1])
     assert bench.main([*small, "--only", "frames"]) == 0
     assert "SFT step" not in capsys.readouterr().out

@@ -194,7 +194,7 @@ def test_a_real_limit(tmp_path):
 
 def test_other_faults_of_the_disk_are_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"log.jsonl: cannot be written .*mend that and run the same command again"):
+    with pytest.raises(DataError, match=r"log.jsonl: cannot be written .*fix that and run the same command again"):
         Journal(tmp_path / "file" / "log.jsonl").append([{"key": "a"}])
     with pytest.raises(DataError, match=r"out.json: cannot be written"), atomic_write(tmp_path / "none" / "out.json"):
         pass

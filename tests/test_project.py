@@ -337,7 +337,7 @@ def test_doctor_says_which_verl_it_is(monkeypatch, flavour, found):
     monkeypatch.setattr(doctor, "verl_flavour", lambda: flavour)
     monkeypatch.setattr(doctor, "installed", lambda name: (name, "0.9.1" if flavour == "verl" else "0.3.3"))
     (check,) = [check for check in doctor._packages() if check.name == "verl"]
-    assert (check.found, check.verdict, check.mend) == (found, doctor.OK, "")
+    assert (check.found, check.verdict, check.fix) == (found, doctor.OK, "")
 
 
 def test_user_errors_end_with_two_and_no_traceback(capsys, monkeypatch):

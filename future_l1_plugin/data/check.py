@@ -115,7 +115,7 @@ def _decoder() -> dict[str, str]:
         try:
             import decord
         except ImportError as error:
-            raise EnvironmentMismatch("no video decoder is installed. Mend: pip install av") from error
+            raise EnvironmentMismatch("no video decoder is installed. Fix: pip install av") from error
         return {"backend": "decord", "decord": decord.__version__}
     return {
         "backend": "pyav",

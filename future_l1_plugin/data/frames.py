@@ -130,7 +130,7 @@ def _reader(backend: Backend) -> Callable[[str, Choice], VideoFrames]:
         except ImportError:
             continue
         return reader
-    raise EnvironmentMismatch(f"no video decoder for backend={backend!r} is installed. Mend: pip install av")
+    raise EnvironmentMismatch(f"no video decoder for backend={backend!r} is installed. Fix: pip install av")
 
 
 def _damaged(path: str, found: str) -> DataError:

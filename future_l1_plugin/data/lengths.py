@@ -1,4 +1,4 @@
-"""How many tokens a prompt will have, from what its files declare: no pixel is decoded.
+"""How many tokens per prompt will have, from what its files declare: no pixel is decoded.
 
 A clip that is too long for the run is then found when data are loaded, in seconds, and not hours later by the rollout.
 What a file declares can be wrong, so whoever encodes a prompt checks again.
@@ -28,7 +28,7 @@ _SHOW_PROGRESS_FROM = 2000
 
 @dataclass(frozen=True)
 class ClipHeader:
-    """What a video file says of itself: frames in it, pixels, frames a second."""
+    """What a video file says of itself: frames in it, pixels, frames per second."""
 
     total: int
     height: int

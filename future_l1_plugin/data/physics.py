@@ -35,7 +35,7 @@ def cell_name(cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Motion:
-    """start: the cell at step 0. velocity: cells a step (x, y); on the belt (places along the rim, 0).
+    """start: the cell at step 0. velocity: cells per step (x, y); on the belt (places along the rim, 0).
 
     Under `fall` a y of 1 falls, a y of 0 floats.
     """

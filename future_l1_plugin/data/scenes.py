@@ -94,7 +94,7 @@ def clip(scene: Scene) -> np.ndarray:
 def seen_clip(scene: Scene, ask: Ask) -> np.ndarray:
     """The seen part, uint8 (8, 64, 64, 3): the steps `ask.seen`, each for two frames; a cut is a jump.
 
-    Qwen3-VL joins two neighbouring frames into one temporal patch. Two frames a step make each seen step look to the
+    Qwen3-VL joins two neighbouring frames into one temporal patch. Two frames per step make each seen step look to the
     vision tower as a still picture does, and so as the future frames of training records do.
     """
     return np.stack([render(scene, step) for step in ask.seen for _ in range(2)])

@@ -109,8 +109,8 @@ def _download(dataset: str, split: str | None, revision: str | None) -> list[Pat
     try:
         folder = Path(snapshot_download(dataset, repo_type="dataset", revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
-        mend = "Accept its terms on its page of the hub, then log in: hf auth login"
-        raise DataError(f"{dataset}: a dataset with terms that you have not accepted. {mend}") from error
+        fix = "Accept its terms on its page of the hub, then log in: hf auth login"
+        raise DataError(f"{dataset}: a dataset with terms that you have not accepted. {fix}") from error
     except RevisionNotFoundError as error:
         raise DataError(f"{dataset}: the dataset has no revision {revision!r}. Check its page of the hub.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -242,7 +242,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise EnvironmentMismatch(f"{path}: reading parquet needs pyarrow. Mend: pip install pyarrow") from error
+        raise EnvironmentMismatch(f"{path}: reading parquet needs pyarrow. Fix: pip install pyarrow") from error
     try:
         file = pq.ParquetFile(path)
         # TwiFF-2.7M embeds the frames as JPEG beside their numbers: most of its bytes, and we read the clip instead.

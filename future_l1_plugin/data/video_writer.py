@@ -44,7 +44,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
     try:
         import av
     except ImportError as error:
-        raise EnvironmentMismatch("writing videos needs PyAV. Mend: pip install av") from error
+        raise EnvironmentMismatch("writing videos needs PyAV. Fix: pip install av") from error
 
     # In the same folder, because a rename is atomic only within one file system.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -2,7 +2,7 @@
 
 A scene is one coloured shape under one of the five mechanics of `physics.py` (bounce off walls, fall, collide with a
 block, hide behind a screen, follow a belt), now and then with a second shape that is not asked for. `make_world`
-draws H.264 mp4 files of 64x64 pixels, two seconds a step, and writes
+draws H.264 mp4 files of 64x64 pixels, two seconds per step, and writes
 
     futurebench.json   questions in FutureBench's schema: hop1, hop2, hop3, hop5 (= interpolation), four options;
                        the video holds the seen frames only

@@ -31,7 +31,7 @@ from future_l1_plugin.rewards.diversity import mean_adjacent_cosine
 
 
 def by_hop(rows: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Means by question type, and of all: spans, latents and text tokens a response, cosine of adjacent spans.
+    """Means by question type, and of all: spans, latents and text tokens per response, cosine of adjacent spans.
 
     Args:
         rows: of the response log, with latents recorded.

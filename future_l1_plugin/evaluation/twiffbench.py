@@ -85,7 +85,7 @@ def load_items(data: str | os.PathLike, pictures: Path) -> list[Item]:
             items.append(item)
     if faults:
         more = [f"  .. and {len(faults) - SHOWN} more"] * (len(faults) > SHOWN)
-        found = f"{data}: {len(faults)} of {len(faults) + len(items)} items are malformed. Mend or remove them."
+        found = f"{data}: {len(faults)} of {len(faults) + len(items)} items are malformed. Fix or remove them."
         raise DataError("\n".join([found, *faults[:SHOWN], *more]))
     if not items:
         raise DataError(f"{data}: holds no items")

@@ -58,9 +58,9 @@ def run(results: Recorder, setting) -> None:
             if setting.cuda:
                 replay = check_graph(results, f"{name}, batch {batch}", piece, wanted)
                 timed["graph"][f"{batch}"] = milliseconds(replay, True)
-        results.number(f"{name}: plain, by batch", timed["plain"], "ms a step")
+        results.number(f"{name}: plain, by batch", timed["plain"], "ms per step")
         if setting.cuda:
-            results.number(f"{name}: in a graph, by batch", timed["graph"], "ms a step")
+            results.number(f"{name}: in a graph, by batch", timed["graph"], "ms per step")
         else:
             results.skip(f"{name}: waits, graph", GPU_ONLY)
 
@@ -117,7 +117,7 @@ def check_outputs(results: Recorder, name: str, piece: Piece, found: list[Tensor
 
 
 def milliseconds(step: Callable[[], None], cuda: bool, turns: int = 50) -> float:
-    """Milliseconds a step, over `turns` in a row."""
+    """Milliseconds per step, over `turns` in a row."""
     wait = torch.cuda.synchronize if cuda else lambda: None
     wait()
     begin = time.perf_counter()

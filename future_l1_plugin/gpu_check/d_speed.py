@@ -5,8 +5,8 @@ Decoding    `future_l1_plugin.model.generate`, half of whose tokens are latents,
             layers, at batch 1, 16 and 64. The two take turns; the ratio is the median over turns of that within a turn.
             Goal 1.05 (`scripts/bench_generate.py`, on a CPU). Rule at real width: 1.25 at most; the micro base's steps
             last about as long as launching their kernels, so its ratio is only reported.
-SFT step    Forward and backward pass of `sft_losses`, four future frames a row, against the cross-entropy alone on the
-            same ids. The difference is the vision tower's pass over the frames. Rule: 1.5 at most.
+SFT step    Forward and backward pass of `sft_losses`, four future frames per row, against the cross-entropy alone on
+            the same ids. The difference is the vision tower's pass over the frames. Rule: 1.5 at most.
 
 On a CPU times are only reported: machines that run tests are busy.
 """
@@ -54,7 +54,7 @@ def micro_base(device: torch.device) -> nn.Module:
 def decoding(
     results: Recorder, name: str, model: nn.Module, batches: tuple[int, ...], tokens: int, repeats: int, judged: bool
 ) -> None:
-    """Milliseconds a token of both, and their ratio."""
+    """Milliseconds per token of both, and their ratio."""
     start = LatentConfig.from_hf(model.config).latent_start_id
     plain_ms, latent_ms, ratios = {}, {}, {}
     for batch in batches:
@@ -74,8 +74,8 @@ def decoding(
             raise RuntimeError(f"{name}: expected {batch * (tokens // 2)} latents, found {fed}")
         a, b, ratios[f"{batch}"] = in_turn(plain, latent, repeats, model.device)
         plain_ms[f"{batch}"], latent_ms[f"{batch}"] = a * 1000 / tokens, b * 1000 / tokens
-    results.number(f"{name}: transformers' generate, by batch", plain_ms, "ms a token")
-    results.number(f"{name}: generate with spans, by batch", latent_ms, "ms a token")
+    results.number(f"{name}: transformers' generate, by batch", plain_ms, "ms per token")
+    results.number(f"{name}: generate with spans, by batch", latent_ms, "ms per token")
     results.number(f"{name}: ratio, by batch (goal 1.05)", ratios, most=RATIO if judged else None)
 
 

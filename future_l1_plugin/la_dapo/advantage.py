@@ -43,7 +43,7 @@ def group_advantage(
         row = int(bad[0])
         raise ValueError(
             f"group_advantage: row {row} (group {labels[row]!r}): expected a finite score, found {float(wide[row])}. "
-            "Mend the reward term that gave it."
+            "Fix the reward term that gave it."
         )
     rows_of: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):

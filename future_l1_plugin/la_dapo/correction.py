@@ -1,7 +1,7 @@
 """What to do where the rollout's policy is not the actor's: truncated importance weights for tokens and latents.
 
 Rollouts are drawn by an inference engine whose numbers differ from the actor's: other kernels, other roundings, in
-bfloat16 by 1e-2 nats a token and more. The policy gradient is an expectation under the actor at the time of the
+bfloat16 by 1e-2 nats per token and more. The policy gradient is an expectation under the actor at the time of the
 rollout ("old"), so each action is weighted by what truncated importance sampling (TIS; Yao et al. 2025, "Your Efficient
 RL Framework Secretly Brings You Off-Policy RL Training", https://fengyao.notion.site/off-policy-rl; for V-trace's
 rho, arXiv 1802.01561) leaves of its ratio:

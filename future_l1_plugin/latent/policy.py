@@ -99,7 +99,7 @@ class VonMisesFisher(Policy):
         return mean_resultant_length(d, self.kappa(d))
 
     def sample(self, mu: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See `Policy.sample`. One uniform and H normal numbers a row; `place` says what becomes of them.
+        """See `Policy.sample`. One uniform and H normal numbers per row; `place` says what becomes of them.
 
         The first call for a dimension and device builds a table on the host (about 10 ms): make it before a CUDA graph
         is captured.
@@ -160,7 +160,7 @@ class Gaussian(Policy):
 
     @torch.no_grad()
     def sample(self, mu: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See `Policy.sample`. H normal numbers a row."""
+        """See `Policy.sample`. H normal numbers per row."""
         check_matrix("mu", mu)
         noise = torch.randn(mu.shape, dtype=result_dtype(mu), device=mu.device, generator=generator)
         return self.place(mu, noise, noise)

@@ -5,7 +5,7 @@ the model's own hidden state is its input, until the model's own next token is `
 the budget is spent, when `<|latent_end|>` is forced. Whatever else the model proposes inside a span, EOS included, is
 overruled. Outside a span `<|latent|>` and `<|latent_end|>` are impossible.
 
-The machine knows neither model nor tokenizer: hosts show it the model's proposals and do what it answers.
+The machine knows neither model nor tokenizer: hosts pass in proposed ids and apply the step it returns.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from future_l1_plugin.latent.tokens import LatentTokens
 
 @dataclass(frozen=True)
 class SpanBudget:
-    """How many latents a span may hold.
+    """How many latents per span may hold.
 
     limit: latents after which the end marker is forced, >= 0.
     exact: the model cannot end a span before (the fixed budget).

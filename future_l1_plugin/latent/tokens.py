@@ -14,7 +14,7 @@ TOKENS = (LATENT, START, END)
 #: The configuration keys that hold their ids, in the same order.
 CONFIG_KEYS = ("latent_id", "latent_start_id", "latent_end_id")
 
-_MEND = "Make a latent checkpoint with `future-l1 convert BASE OUT`."
+_FIX = "Make a latent checkpoint with `future-l1 convert BASE OUT`."
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LatentTokens:
         if missing:
             raise CheckpointError(
                 f"tokenizer {tokenizer.name_or_path!r}: expected the tokens {', '.join(TOKENS)}, "
-                f"missing are {', '.join(missing)}. {_MEND}"
+                f"missing are {', '.join(missing)}. {_FIX}"
             )
         return cls(*(vocabulary[token] for token in TOKENS))
 
@@ -45,7 +45,7 @@ class LatentTokens:
             name = getattr(config, "_name_or_path", "")
             raise CheckpointError(
                 f"configuration {name!r}: expected the keys {', '.join(CONFIG_KEYS)}, "
-                f"missing are {', '.join(missing)}. {_MEND}"
+                f"missing are {', '.join(missing)}. {_FIX}"
             )
         return cls(*(int(getattr(config, key)) for key in CONFIG_KEYS))
 

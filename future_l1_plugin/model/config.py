@@ -23,8 +23,8 @@ class LatentConfig:
     latent_end_id: int  # id of <|latent_end|>
     max_latent_token: int = 4  # latents a future frame is shown with in training, at most (paper: 4)
     train_fixed_latent_budget: int | None = None  # pool each future frame to exactly this many latents in training
-    fixed_latent_budget: bool = False  # decode exactly max_latent_token latents a span
-    loose_latent_budget: int | None = None  # decode at most this many latents a span
+    fixed_latent_budget: bool = False  # decode exactly max_latent_token latents per span
+    loose_latent_budget: int | None = None  # decode at most this many latents per span
     infer_latent_multiplier: float = 2.0  # else at most round(max_latent_token * this)
     pool_after_proj: bool = True  # released key; carried along: targets are pooled after the vision merger
     latent_loss: str = "mse"  # mse | sum_mse | cosine

@@ -160,7 +160,7 @@ def own_latents(
     mean_cosine: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The latents that the model itself makes of the rows, their text given: (sum k_i, H) in the hidden states' dtype.
+    """Latents the model would produce for these rows, text teacher-forced: (sum k_i, H) in the hidden states' dtype.
 
     The first pass is fed zeros, each further one what the pass before it made. After n passes the first n latents of a
     row are those of decoding, the others near them (a Jacobi iteration); n = k_i is exact. No pass sees e*: starting

@@ -56,7 +56,7 @@ def probe_tables(result: ProbeResult) -> str:
         "gained",
         "lost",
         "touched",
-        "latents a response",
+        "latents per response",
     ]
     parts = [
         markdown(header, [_row(outcome) for outcome in result.outcomes]),

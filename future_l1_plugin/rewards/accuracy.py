@@ -68,7 +68,7 @@ def accuracy(
             known = ", ".join(sorted(options)) if options else "A to D (no options were given)"
             raise RewardError(
                 f"ground_truth: expected an option, one of {known}, found {ground_truth!r}. "
-                "Mend it or the options in the data, or set the sample's kind."
+                "Fix it or the options in the data, or set the sample's kind."
             )
         return float(option_letter(text, options) == right)
     answer = extract_answer(text)

@@ -216,7 +216,7 @@ def _number(value: Any, name: str, sample: Sample) -> float:
     if not isinstance(number, numbers.Real) or not math.isfinite(number):
         raise RewardError(
             f"reward term {name!r}, sample {sample.sample_id!r}: expected a finite number, found {value!r}. "
-            "Mend the term, or take it out of `rewards`."
+            "Fix the term, or take it out of `rewards`."
         )
     return float(number)
 
@@ -228,6 +228,6 @@ def _values(values: Any, name: str, samples: Sequence[Sample]) -> list[Any]:
         names = ", ".join(repr(sample.sample_id) for sample in samples)
         raise RewardError(
             f"reward term {name!r}, group of the samples {names}: expected a list of {len(samples)} numbers, one for "
-            f"each sample, found {type(values).__name__}{length}. Mend the term, or take it out of `rewards`."
+            f"each sample, found {type(values).__name__}{length}. Fix the term, or take it out of `rewards`."
         )
     return list(values)

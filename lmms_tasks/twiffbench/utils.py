@@ -44,8 +44,8 @@ def read_items() -> list[Item]:
     try:
         return load_items(Path(local).expanduser() if local else HUB, items_folder() / "twiffbench-pictures")
     except DataError as error:
-        mend = "TWIFFBENCH_DATA names it." if local else "Or set TWIFFBENCH_DATA to a local folder or file of it."
-        raise DataError(f"{error}\n{mend}") from error
+        fix = "TWIFFBENCH_DATA names it." if local else "Or set TWIFFBENCH_DATA to a local folder or file of it."
+        raise DataError(f"{error}\n{fix}") from error
 
 
 def _data() -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_exact_text_with_images(parts):
 def test_exact_text_with_a_video(parts):
     batch = collator(parts, question_media="video")([sample()])
     still = "<|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
-    # Two frames a second: each question frame is held for a temporal patch, stamped with the middle of it.
+    # Two frames per second: each question frame is held for a temporal patch, stamped with the middle of it.
     # transformers 5 keeps the template's vision markers around those of the frames.
     assert decode(parts, batch["input_ids"][0]) == (
         f"<|im_start|>user\n<|vision_start|><0.1 seconds>{still}<0.6 seconds>{still}<|vision_end|>"

@@ -1,4 +1,4 @@
-"""Which groups a step is trained on: the buffer on a real TransferQueue, and group rewards by hand."""
+"""Which groups per step is trained on: the buffer on a real TransferQueue, and group rewards by hand."""
 
 import os
 import signal

@@ -308,7 +308,7 @@ def test_the_micro_recipe_reads_its_data(tiny_path, world, tmp_path):
     found = plan(given, "la_dapo_micro")
     said = "\n".join(found.sections)
     assert found.problems == []
-    assert "training: 16 prompts, 2 steps an epoch" in said and "a clip has at most" in said
+    assert "training: 16 prompts, 2 steps per epoch" in said and "a clip has at most" in said
     short = plan([*given, "data.max_prompt_length=100"], "la_dapo_micro").problems
     assert len(short) == 2 and "tokens, data.max_prompt_length is 100" in short[0]
     rows = json.loads((world.root / "futurebench.json").read_text())

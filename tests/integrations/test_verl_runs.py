@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("verl")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-#: Small enough for a minute, large enough for two groups a step and a padded batch.
+#: Small enough for a minute, large enough for two groups per step and a padded batch.
 SMALL = [
     "data.train_batch_size=2",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",

@@ -143,7 +143,7 @@ ERRORS = [
     (("x", "  ", None, "auto"), "ground_truth: expected the right answer, found '  '"),
     (("x", "<answer></answer>", None, "auto"), "ground_truth: expected the right answer"),
     (("x", "E", OPTIONS, "auto"), "expected an option, one of A, B, C, D, found 'E'"),
-    (("x", "It flies", OPTIONS, "auto"), "expected an option, one of A, B, C, D, found 'It flies'. Mend"),
+    (("x", "It flies", OPTIONS, "auto"), "expected an option, one of A, B, C, D, found 'It flies'. Fix"),
     (("x", "It flies", None, "choice"), r"one of A to D \(no options were given\)"),
 ]
 

@@ -365,7 +365,7 @@ def test_a_term_that_gives_no_finite_number_is_named(term, value):
     def odd(sample):
         return value
 
-    with pytest.raises(RewardError, match=r"reward term 'odd', sample 'q7': expected a finite number, found .* Mend"):
+    with pytest.raises(RewardError, match=r"reward term 'odd', sample 'q7': expected a finite number, found .* Fix"):
         score(RewardSet.from_config([{"term": "odd", "weight": 0}]), [make(sample_id="q7")])
 
 

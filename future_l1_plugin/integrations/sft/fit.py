@@ -53,7 +53,7 @@ def device_for_dry_run(gib: float | None) -> Device:
 def needs(
     recipe: SftRecipe, sharding: Sharding | None, sizes: Sizes, gpus: int, bf16: bool
 ) -> tuple[list[Part], list[Part]]:
-    """(model states, activations of a pass of data.max_length tokens a sample) on each GPU."""
+    """(model states, activations of a pass of data.max_length tokens per sample) on each GPU."""
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     passing = activations(sizes, tokens, bf16, recipe.train.gradient_checkpointing)
     return model_states(sizes, gpus, bf16, sharding), passing

@@ -24,7 +24,7 @@ class DataRecipe:
     max_failed: int = 100  # records that may fail only when they are decoded, under skip
     question_media: str = "images"  # images | video: how question frames are shown
     spans: bool = True  # False: leave the future frames out (text-only control)
-    max_length: int = 16384  # tokens a sample may have
+    max_length: int = 16384  # tokens per sample may have
     cache_mb: int = 0  # decoded frames kept in memory by each worker, in MiB
     workers: int = 2  # data loader processes
 

@@ -77,7 +77,7 @@ def laid_out(where: Tensor, batch: TensorDict, shape: torch.Size) -> Tensor:
 
 
 def with_ragged_positions(batch: TensorDict) -> TensorDict:
-    """Mend M-RoPE positions, in place, where every sample of the batch has one length.
+    """Fix M-RoPE positions, in place, where every sample of the batch has one length.
 
     Rows (4, T_i) that differ in T_i make a nested tensor that is ragged in T. If no two differ, what arrives is ragged
     in the 4 (or dense), while verl (`maybe_fix_3d_position_ids`) declares it to be ragged in T.

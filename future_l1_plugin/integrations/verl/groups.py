@@ -1,4 +1,4 @@
-"""Which groups of rollouts a step is trained on: in rounds, so that the same seed gives the same step.
+"""Which groups of rollouts per step is trained on: in rounds, so that the same seed gives the same step.
 
 verl's own buffer refills while rollouts come in, so that what it picks depends on who came first. Here a round is
 sampled to its end, judged, and what is missing is asked for anew; groups are taken in the order in which their prompts

@@ -62,7 +62,7 @@ class Engine:
     pooled: bool  # takes `utilization` of the GPU (latent_vllm), or what it needs (latent_hf)
     utilization: float
     dtype: int  # bytes of a weight and of a number in the KV cache
-    parallel: int  # tensor parallel: GPUs an engine
+    parallel: int  # tensor parallel: GPUs per engine
     sequences: int  # decoded together
     length: int  # tokens of the longest sequence
     batched: int  # tokens of a step

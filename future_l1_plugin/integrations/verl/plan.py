@@ -166,7 +166,7 @@ def _data(config: DictConfig, processor: Any, without: str, plan: Plan) -> Itera
         except UserError as error:
             plan.problems.append(f"{split} data: {error}")
             continue
-        steps = f", {count // data.train_batch_size:,} steps an epoch" if split == "training" else ""
+        steps = f", {count // data.train_batch_size:,} steps per epoch" if split == "training" else ""
         yield f"{split}: {count:,} prompts{steps}"
         if split == "training" and count < data.train_batch_size:
             plan.problems.append(

@@ -45,7 +45,7 @@ class GroupsSection:
     high: float = 0.9  # greatest
     refill: float = 1.5  # prompts sampled anew for each one that is missing
     max_rounds: int = 10  # rounds of sampling a step
-    max_failed: int = 16  # groups a step, or a batch of a validation, that may fail by their own fault
+    max_failed: int = 16  # groups per step, or a batch of a validation, that may fail by their own fault
     stall_s: float | None = 3600.0  # seconds without the end of any rollout before the run stops; None = wait for ever
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 latent_policy       deterministic (default) | vmf | gaussian | one of an installed package
 latent_KEY          KEY of the policy, as in `build_policy`: latent_mean_cosine, latent_sigma, ..
 latent_seed         whole number, of the latents' noise (default 0); tokens have `SamplingParams.seed`
-latent_limit        latents a span may hold, at least 0 (default: the checkpoint's rule)
+latent_limit        latents per span may hold, at least 0 (default: the checkpoint's rule)
 latent_exact        1: the model cannot end a span before the limit (default: the checkpoint's rule)
 latent_head         0: mu is the hidden state itself, whatever head the checkpoint has (default 1)
 latent_return       latents (default) | means (also mu and log p(end), as a rollout needs) | none

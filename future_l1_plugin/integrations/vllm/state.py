@@ -114,7 +114,7 @@ class LatentModelState(DefaultModelState):
         return LatentSampler(sampler, self), None
 
     def sample(self, base: Any, logits: Tensor, batch: Any) -> Any:
-        """Sample with vLLM's sampler, then let the grammar have its say.
+        """Sample with vLLM's sampler, then apply the span grammar.
 
         Args:
             base: vLLM's sampler.

@@ -23,7 +23,7 @@ from future_l1_plugin.model.backbone import QWEN3_VL
 
 pytestmark = pytest.mark.easyr1
 
-N = 4  # rollouts a prompt
+N = 4  # rollouts per prompt
 
 
 def roll_out(worker, config, prompts=2, **asked):

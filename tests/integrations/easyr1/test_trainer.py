@@ -24,7 +24,7 @@ from future_l1_plugin.integrations.rl.groups import RolloutError
 
 pytestmark = pytest.mark.easyr1
 
-N = 4  # rollouts a prompt
+N = 4  # rollouts per prompt
 
 
 @pytest.fixture(scope="module")
