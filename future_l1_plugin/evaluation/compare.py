@@ -145,7 +145,7 @@ def _told(folder: str | Path) -> dict[str, Any]:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], names: Sequence[str]) -> list[str]:
-    # Missing values do not count as equal: two runs that both say nothing of their frames may have seen different ones.
+    # Missing values do not count as equal: two runs that say nothing of their frames may have seen different ones.
     return [
         f"{name}: {_shown(a[name])} and {_shown(b[name])}" for name in names if a[name] != b[name] or a[name] is None
     ]
