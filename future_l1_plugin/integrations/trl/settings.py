@@ -25,10 +25,10 @@ def loss_settings(args: GRPOConfig, latent: LatentSection) -> LaDapoLoss:
     Raises:
         ConfigError: a setting that has no effect here, or that latents do not go with.
     """
-    hosts = {one.name for one in fields(TrainingArguments)}
+    shared = {one.name for one in fields(TrainingArguments)}
     for one in fields(GRPOConfig):
         found, default = getattr(args, one.name), None if one.default == "auto" else one.default
-        if one.name not in hosts | ACT and found != default:
+        if one.name not in shared | ACT and found != default:
             raise ConfigError(
                 f"GRPOConfig.{one.name}: {found!r} would have no effect with LA-DAPO. Leave it out (its default is "
                 f"{default!r}). GRPO's keys that act: {', '.join(sorted(ACT))}"

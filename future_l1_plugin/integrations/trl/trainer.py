@@ -221,7 +221,7 @@ class LaDapoTrainer(GRPOTrainer):
             latent_kl=kl,
         )
         found = policy_loss(self.settings, batch)
-        self._check_finite("loss", found.loss)
+        self._check_finite("loss", found.loss.detach())
         shares = self.accelerator.reduce(torch.stack(list(found.means.values())), "sum")
         for name, share in zip(found.means, shares.tolist(), strict=True):
             self._metrics["train"][f"actor/{name}"].append(share * passes)  # TRL takes the mean over passes
