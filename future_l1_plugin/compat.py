@@ -23,7 +23,7 @@ from pathlib import Path
 
 CORE = "core"
 #: In the order in which tables show them. "all" is every one of them but `ON_A_GPU`.
-EXTRAS = ("verl", "vllm", "flash", "eval", "sft", "dev")
+EXTRAS = ("verl", "trl", "vllm", "flash", "eval", "sft", "dev")
 #: Extras that a machine without a GPU cannot use: vllm is large, flash is built from source with nvcc.
 ON_A_GPU = {"vllm", "flash"}
 PYTHON = ">=3.11"
@@ -77,6 +77,7 @@ PINS = (
     Pin("psutil", "7.2.2", ">=5.9", ("verl",), "memory of the CPU platform"),
     Pin("mathruler", "0.1.0", ">=0.1", ("verl",), "grades mathematical answers"),
     Pin("openai", "3.54.0", ">=1.98,<4", ("verl", "eval"), "the judge of free-text answers"),
+    Pin("trl", "1.16.0", "==1.16.0", ("trl",), "LA-DAPO in GRPOTrainer"),
     Pin("vllm", "0.31.0", "==0.31.0", ("vllm",), "rollouts on a GPU"),
     Pin(
         "flash-attn",

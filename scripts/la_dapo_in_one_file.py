@@ -25,19 +25,17 @@ from future_l1_plugin.data.prompt import RlPrompt, encode_prompt
 from future_l1_plugin.data.rl import load_prompts
 from future_l1_plugin.integrations.rl.rollouts import rollouts_of
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
+from future_l1_plugin.integrations.rl.scoring import padded, score
 from future_l1_plugin.la_dapo import (
     LaDapoLoss,
     LatentScoring,
     LossInputs,
     Rollout,
-    action_log_probs,
-    continue_log_prob_at,
     group_advantage,
     kl_at_latents,
     policy_loss,
     split_actions,
 )
-from future_l1_plugin.latent import LatentChannel
 from future_l1_plugin.model import LatentConfig, generate, load
 from future_l1_plugin.model.batch import left_padded
 from future_l1_plugin.model.tiny import copy_micro_base
@@ -63,7 +61,6 @@ class Policy:
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.config = LatentConfig.from_hf(model.config)
-        self.channel = LatentChannel(model, self.config.tokens)
         self.pad = processor.tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -83,31 +80,7 @@ class Policy:
 
     def score(self, inputs: dict[str, Tensor], rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """Log-probabilities float64 (B, T) of the actions, and mu (K, H) at the latents; both with gradients."""
-        ids, length = padded([r.ids for r in rollouts], self.pad), max(len(r.ids) for r in rollouts)
-        start = inputs["input_ids"].shape[1]
-        answered = padded([torch.ones_like(r.ids) for r in rollouts], 0)
-        fed = inputs | {
-            "input_ids": torch.cat([inputs["input_ids"], ids], 1),
-            "attention_mask": torch.cat([inputs["attention_mask"], answered], 1),
-            "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1),
-        }
-        # The latents of the rollout are fed again, in their places; the channel reads mu one position before each.
-        self.channel.feed([r.latents for r in rollouts], start)
-        with self.channel:
-            logits = self.model(**fed, use_cache=False).logits[:, start - 1 : start - 1 + length].contiguous()
-        at = (ids == self.config.latent_id) & answered.bool()
-        went_on = None
-        if not self.config.budget.exact:  # the model could have ended the span, and did not
-            rows = at.flatten().nonzero().squeeze(1)
-            ones = torch.ones_like(rows, dtype=torch.float32)  # the temperature
-            logits, went_on = continue_log_prob_at(logits, rows, self.config.latent_end_id, ones)
-        tokens = logits.log_softmax(-1).gather(2, ids[..., None]).squeeze(2)
-        latents = torch.cat([r.latents for r in rollouts])
-        return action_log_probs(tokens, at, SCORING, self.channel.mu, latents, went_on), self.channel.mu
-
-
-def padded(rows: list[Tensor], value: float) -> Tensor:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return score(self.model, self.config, SCORING, inputs, rollouts, temperature=1.0)
 
 
 async def rewarded(policy: Policy, prompts: list[RlPrompt], rollouts: list[Rollout]) -> tuple[list[float], list[float]]:

@@ -1,6 +1,5 @@
 """EasyR1's reward manager with the reward terms of a recipe."""
 
-import asyncio
 from typing import Any
 
 import torch
@@ -10,12 +9,12 @@ from verl.protocol import DataProto
 from future_l1_plugin.data.prompt import RlPrompt
 from future_l1_plugin.integrations.easyr1.actor import ROLLOUT
 from future_l1_plugin.integrations.easyr1.dataset import PROMPT
+from future_l1_plugin.integrations.rl.grading import score_samples
 from future_l1_plugin.integrations.rl.samples import group_rewards, make_sample
 from future_l1_plugin.integrations.rl.settings import checked_rewards
 from future_l1_plugin.integrations.verl.columns import PROMPT as ROW
 from future_l1_plugin.latent import LatentTokens
 from future_l1_plugin.rewards import Sample
-from future_l1_plugin.rewards.judge import JudgeUnavailable
 from future_l1_plugin.rewards.reward_set import ACCURACY, CORRECT_FROM
 
 #: Names of columns beside the terms': whether a response is right, and whether its group lacks a judge's verdict.
@@ -49,7 +48,7 @@ class LatentRewardManager:
         """
         samples = samples_of(data, self.tokenizer, self.tokens)
         group = list(data.non_tensor_batch.get("uid", [sample.sample_id for sample in samples]))
-        scores = await self._score(samples)
+        scores = await score_samples(self.rewards, samples)
         dropped = {name for name, found in zip(group, scores, strict=True) if found is None}
         kept = [i for i, name in enumerate(group) if name not in dropped]
         found = group_rewards(self.rewards, *([column[i] for i in kept] for column in (samples, scores, group)))
@@ -63,13 +62,6 @@ class LatentRewardManager:
         for i, sample in enumerate(samples):
             totals[i, len(sample.response_ids) - 1] = columns["overall"][i]
         return totals, columns
-
-    async def _score(self, samples: list[Sample]) -> list[dict[str, float] | None]:
-        found = await asyncio.gather(*(self.rewards.score_sample(s) for s in samples), return_exceptions=True)
-        for result in found:
-            if isinstance(result, BaseException) and not isinstance(result, JudgeUnavailable):
-                raise result
-        return [None if isinstance(result, JudgeUnavailable) else result for result in found]
 
 
 def _spread(values: list[float], places: list[int], length: int) -> list[float]:

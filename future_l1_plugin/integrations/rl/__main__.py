@@ -6,7 +6,8 @@ _HEAD = """# LA-DAPO apart from any host
 
 What verl, EasyR1 and TRL share: the recipe sections `latent` and `rewards` (`settings`), which prompts can be rewarded
 (`prompts`), one typed `Rollout` from every engine (`la_dapo/rollout.py`; `rollouts` for transformers), rewards of
-groups (`samples`), which groups are trained on (`groups`), and what a step reports (`metrics`).
+groups (`samples`), which groups are trained on (`groups`), both for a round of groups (`grading`), a model's
+log-probabilities of rollouts on transformers (`scoring`), and what a step reports (`metrics`).
 
 A host brings prompts in, has them decoded, calls `make_sample` and `group_rewards`, turns totals into advantages
 (`la_dapo_advantage`), and runs its model within a `LatentChannel`: `action_log_probs`, then `policy_loss` of
