@@ -229,9 +229,7 @@ class ChatClient:
         """Which failure an HTTP status is, with its remedy."""
         status = error.status_code
         said = f"HTTP {status}, {' '.join(error.message.split())[:400]}"
-        paid_up = (
-            error.code != "insufficient_quota"
-        )  # 429 as well; no credit: retrying is useless
+        paid_up = error.code != "insufficient_quota"  # 429 as well; no credit: retrying is useless
         if status in (408, 409, 425) or (status == 429 and paid_up) or status >= 500:
             return _Retry(said, _retry_after(error.response.headers))
         remedy = {

@@ -1,6 +1,7 @@
 """LA-DAPO in TRL's GRPOTrainer: on verl's batch, for two steps, and with settings that it must refuse."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from trl import GRPOConfig
 
 from future_l1_plugin.data import make_world
 from future_l1_plugin.data.rl import load_prompts
-from future_l1_plugin.errors import ConfigError
+from future_l1_plugin.errors import ConfigError, DataError
 from future_l1_plugin.integrations.rl.groups import NotFinite, RolloutError
 from future_l1_plugin.integrations.rl.metrics import METRICS
 from future_l1_plugin.integrations.rl.settings import LatentSection, checked_rewards
@@ -230,6 +231,13 @@ def test_the_reference_has_the_latent_head(make_trainer, tmp_path):
 def test_settings_without_effect_are_errors(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
         loss_settings(settings(tmp_path, **values), LatentSection())
+
+
+def test_answers_that_nobody_can_judge_are_refused(base, prompts, tmp_path):
+    model, processor = load(base, dtype=torch.float32)
+    text = [replace(prompts[0], options=None, kind="text", ground_truth="It rolls back to the left.")]
+    with pytest.raises(DataError, match="1 of 1 prompts have a free-text answer"):
+        LaDapoTrainer(model, processor, text, checked_rewards(REWARDS), settings(tmp_path), LatentSection())
 
 
 def test_settings_make_the_loss(tmp_path):

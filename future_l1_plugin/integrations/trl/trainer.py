@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
 from future_l1_plugin.compat import require
-from future_l1_plugin.data.frames import FrameCache
+from future_l1_plugin.data.frame_cache import FrameCache
 from future_l1_plugin.data.prompt import RlPrompt, encode_prompt
+from future_l1_plugin.data.rl import Prompts
 from future_l1_plugin.integrations.rl.grading import Grades, grade
 from future_l1_plugin.integrations.rl.groups import GroupFilter, NotFinite, RolloutError, Verdict
 from future_l1_plugin.integrations.rl.metrics import log_prob_gaps, span_metrics
+from future_l1_plugin.integrations.rl.prompts import check_judged
 from future_l1_plugin.integrations.rl.rollouts import rollouts_of
 from future_l1_plugin.integrations.rl.samples import make_sample
 from future_l1_plugin.integrations.rl.scoring import padded, score
@@ -66,7 +68,7 @@ class LaDapoTrainer(GRPOTrainer):
 
     Raises:
         EnvironmentMismatch: another TRL.
-        ConfigError: as `loss_settings`.
+        ConfigError: as `loss_settings`. DataError: free-text answers that no term of `rewards` can decide.
 
     Training raises RolloutError where no group of a batch is left, NotFinite for a loss or a gradient.
     """
@@ -85,6 +87,7 @@ class LaDapoTrainer(GRPOTrainer):
         require("trl")
         self.settings, self.scoring, self.rewards = loss_settings(args, latent), latent.scoring(), rewards
         self.latent = LatentConfig.from_hf(model.config)
+        prompts = check_judged(Prompts(prompts, []), rewards, "raise")
         self._prompts, self._frames = {prompt.id: prompt for prompt in prompts}, frames
         self._filter = GroupFilter(bounds, "gradient_accumulation_steps", "bounds=None")
         self._round = _Round()
