@@ -5,6 +5,9 @@ What a request may ask for is in `sampling`.
 A wave is decoded when all of its requests have come, in batches that depend on nothing but the wave, each with a random
 stream of its own. So the same wave on the same weights gives the same result, whatever the order of arrival. A wave has
 to reach one server whole (`waves`).
+
+The file is one state machine, and therefore longer than others: what waits, what is decoded, who is told, and what verl
+may ask of the server in between.
 """
 
 import asyncio
