@@ -2,8 +2,11 @@
 
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what several test files share
 from test_verl_engine import SCORING, as_batch, make_engine, roll_out, trainable
 from verl.utils import tensordict_utils as tu
 
