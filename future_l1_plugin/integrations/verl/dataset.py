@@ -142,7 +142,9 @@ class LatentRLDataset(Dataset):
         for bad in prompts.bad[:_SHOWN]:
             logger.warning("left out: %s (id %s): %s", bad.source, bad.id, bad.reason)
         if prompts.bad:
-            logger.warning("left out %d of %d prompts", len(prompts.bad), len(prompts.bad) + len(prompts))
+            total = len(prompts.bad) + len(prompts)
+            again = "A run that goes on keeps the prompts it began with: to use them, fix them and start a new run"
+            logger.warning("left out %d of %d prompts. %s", len(prompts.bad), total, again)
         self.prompts: list[RlPrompt] = _selected(prompts, max_samples, config)
         self._limits = {
             "max_prompt_length": most,
